@@ -1,0 +1,145 @@
+"""A campaign's folder: checked first, filled then, and sealed with campaign.json as the last file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+from ase.data import chemical_symbols
+
+from hpcft import __version__
+from hpcft.config.campaign import Campaign, differences
+from hpcft.errors import UserError
+from hpcft.labelling.reference import Reference, build_calculator, unknown_elements
+from hpcft.storage.atomic import write_json
+from hpcft.storage.campaign_folder import CampaignFolder
+from hpcft.storage.structures import read_any, write_structures
+
+FORMAT = 1
+
+
+def open_or_create(campaign: Campaign, source: Path, root: Path) -> CampaignFolder:
+    """The campaign's folder, made now or found from an earlier run of the very same campaign.
+
+    Raises UserError before anything is written: a folder of another campaign, a folder that others can write,
+    structures with an element that the model or the reference does not know, a reference that cannot be built.
+    """
+    folder = CampaignFolder(root.absolute())
+    if folder.identity.exists():
+        _refuse_other_campaign(folder, campaign, source)
+        refuse_shared(folder.root)
+        return folder
+    if folder.root.exists() and any(folder.root.iterdir()) and not _is_unfinished(folder):
+        raise UserError(f"{root} exists and is not a campaign folder; name another with --dir, or empty it")
+    structures = _read_inputs(campaign)
+    _check_elements(campaign, structures)
+    _fill(folder, campaign, source, structures)
+    return folder
+
+
+def _is_unfinished(folder: CampaignFolder) -> bool:
+    """A creation that was killed half-way left inputs and no identity: it is done again."""
+    return all(path.name in ("inputs", "campaign.yaml") or path.name.startswith(".tmp-") for path in folder.root.iterdir())
+
+
+def _refuse_other_campaign(folder: CampaignFolder, campaign: Campaign, source: Path) -> None:
+    identity = folder.read_identity()
+    if identity["fingerprint"] == campaign.fingerprint():
+        return
+    changes = differences(identity["normalised"], campaign.normalised())
+    raise UserError(
+        f"{folder.root} belongs to another campaign than {source} describes now:\n  "
+        + "\n  ".join(changes[:10])
+        + "\nGo on with the old one by `hpcft resume DIR`, or give the new one a folder of its own with --dir."
+    )
+
+
+def refuse_shared(root: Path) -> None:
+    """Raises UserError for a folder that others can write: jobs load pickles from it, and a pickle is code."""
+    status = root.stat()
+    if status.st_uid != os.getuid():
+        raise UserError(f"{root} belongs to another user; run your own copy of the campaign")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UserError(f"{root} can be written by others, who could run code as you; do: chmod go-w {root}")
+
+
+def _read_inputs(campaign: Campaign) -> dict[str, Sequence[Atoms]]:
+    wanted = {"structures": campaign.structures}
+    if campaign.relaxations.train is not None:
+        wanted["relaxations-train"] = campaign.relaxations.train
+    if campaign.relaxations.test is not None:
+        wanted["relaxations-test"] = campaign.relaxations.test
+    if campaign.train.replay is not None:
+        wanted["replay"] = campaign.train.replay.file
+    return {name: read_any(path) for name, path in wanted.items()}
+
+
+def _check_elements(campaign: Campaign, structures: dict[str, Sequence[Atoms]]) -> None:
+    wish = campaign.reference
+    reference = Reference(wish.calculator, wish.arguments, wish.elements, wish.time_limit_s)
+    from hpcft.models.files import elements_of_file  # torch, and only where a campaign begins
+
+    known_to_model = elements_of_file(campaign.foundation)
+    build_calculator(reference, Path(os.devnull).parent)
+    for name, group in structures.items():
+        numbers = sorted({int(number) for atoms in group for number in atoms.numbers})
+        missing = [chemical_symbols[n] for n in numbers if n not in known_to_model]
+        if missing:
+            raise UserError(
+                f"{name} contains {', '.join(missing)}, which the foundation model {campaign.foundation.name} does not know "
+                f"(it knows {', '.join(chemical_symbols[n] for n in sorted(known_to_model))})"
+            )
+        if name != "replay" and (unknown := unknown_elements(reference, numbers)):
+            raise UserError(f"{name} contains {', '.join(unknown)}, which {wish.calculator} does not know")
+
+
+def _fill(
+    folder: CampaignFolder, campaign: Campaign, source: Path, structures: dict[str, Sequence[Atoms]]
+) -> None:
+    folder.root.mkdir(parents=True, exist_ok=True)
+    folder.root.chmod(folder.root.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
+    folder.inputs.mkdir(exist_ok=True)
+    foundation = f"foundation{campaign.foundation.suffix}"
+    shutil.copyfile(campaign.foundation, folder.inputs / foundation)
+    for name, group in structures.items():
+        write_structures(folder.inputs / f"{name}.h5", [_plain(atoms, name == "replay") for atoms in group])
+    shutil.copyfile(source, folder.root / "campaign.yaml")
+    normalised = campaign.normalised()
+    write_json(
+        folder.identity,
+        {
+            "format": FORMAT,
+            "name": campaign.name,
+            "id": _new_id(folder, normalised),
+            "created": time.time(),
+            "hpcft_version": __version__,
+            "rounds": campaign.rounds,
+            "source": str(source.absolute()),
+            "foundation_file": foundation,
+            "fingerprint": campaign.fingerprint(),
+            "normalised": normalised,
+            "config": campaign.model_dump(mode="json"),
+        },
+    )
+
+
+def _plain(atoms: Atoms, with_labels: bool) -> Atoms:
+    """Structure alone, or with its REF_ labels; a user's other columns need not be the same in every frame."""
+    plain = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+    if with_labels:
+        plain.info = {key: value for key, value in atoms.info.items() if key in ("REF_energy", "REF_stress")}
+        if "REF_forces" in atoms.arrays:
+            plain.arrays["REF_forces"] = atoms.arrays["REF_forces"]
+    return plain
+
+
+def _new_id(folder: CampaignFolder, normalised: dict[str, Any]) -> str:
+    """Eight characters that tell this folder's jobs from those of every other one."""
+    return hashlib.sha256(f"{folder.root}{normalised}{time.time_ns()}".encode()).hexdigest()[:8]

@@ -1,0 +1,63 @@
+"""The command `hpcft`: thin commands over the library, and the one place that turns errors into exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from hpcft import __version__
+from hpcft.cli import campaign, inspect, model
+from hpcft.errors import CampaignStopped, LabelError, LeaseHeld, SchedulerUnavailable, UserError
+
+app = typer.Typer(
+    name="hpcft",
+    help="Fine-tune universal interatomic potentials in iterated campaigns on Slurm clusters.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog="Exit codes: 0 done · 1 the campaign stopped · 2 bad input · 3 another manager is at work · "
+    "4 Slurm does not answer · 130 interrupted",
+)
+app.command("run")(campaign.run)
+app.command("resume")(campaign.resume)
+app.command("status")(campaign.status)
+app.command("cancel")(campaign.cancel)
+app.command("report")(campaign.report)
+app.command("inspect")(inspect.inspect)
+app.add_typer(model.app, name="model")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
+) -> None:
+    pass
+
+
+EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (CampaignStopped, 1),
+    (UserError, 2),
+    (LabelError, 2),
+    (LeaseHeld, 3),
+    (SchedulerUnavailable, 4),
+)
+
+
+def main() -> None:
+    """Run the command line; errors of the user's are one message on stderr, without a traceback."""
+    try:
+        app()
+    except tuple(kind for kind, _ in EXIT_CODES) as error:
+        print(f"hpcft: {error}", file=sys.stderr)
+        sys.exit(next(code for kind, code in EXIT_CODES if isinstance(error, kind)))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

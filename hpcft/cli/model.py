@@ -1,0 +1,85 @@
+"""hpcft model: pretrain, import, export, info."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpcft.errors import UserError
+
+app = typer.Typer(help="Foundation models: make, trust, export, describe.", no_args_is_help=True)
+
+ModelFile = Annotated[Path, typer.Argument(help="A model file: hpcft's .pt or MACE's .model.", show_default=False)]
+
+
+@app.command()
+def pretrain(
+    recipe_file: Annotated[Path, typer.Argument(help="The recipe's YAML file.", show_default=False)],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME.pt beside the recipe.")] = None,
+    replay: Annotated[int, typer.Option(help="Training structures to keep for replay, as NAME-replay.extxyz.", min=0)] = 64,
+) -> None:
+    """Make a small foundation model from crystals that a cheap reference labels."""
+    from hpcft.config.pretrain import load_recipe
+
+    recipe = load_recipe(recipe_file)
+    import numpy as np
+
+    from hpcft.models.files import save_model
+    from hpcft.storage.structures import write_extxyz
+    from hpcft.training.pretrain import pretrain as make
+
+    target = output or recipe_file.with_name(f"{recipe.name}.pt")
+    made = make(recipe, typer.echo)
+    sha256 = save_model(target, made.potential, {"recipe": recipe.name, **made.validation})
+    if replay:
+        keep = np.linspace(0, len(made.training_set) - 1, min(replay, len(made.training_set))).round().astype(int)
+        chosen = [made.training_set[int(i)] for i in np.unique(keep)]
+        write_extxyz(target.with_name(f"{target.stem}-replay.extxyz"), chosen)
+    typer.echo("on crystals it has not seen: " + ", ".join(f"{k} {v:.3g}" for k, v in made.validation.items()))
+    typer.echo(f"{target} ({target.stat().st_size / 1e6:.2f} MB), SHA-256 {sha256}")
+
+
+@app.command("import")
+def import_(model_file: ModelFile) -> None:
+    """Trust a pickled model file from now on, by its SHA-256. Loading it can run any code: know where it comes from."""
+    if not model_file.is_file():
+        raise UserError(f"there is no model file {model_file}")
+    from hpcft.models.files import load_model, sha256_of
+    from hpcft.models.trust import trust, trust_file
+
+    sha256 = sha256_of(model_file)
+    trust(sha256, model_file)
+    potential = load_model(model_file)
+    typer.echo(f"trusted: SHA-256 {sha256} (recorded in {trust_file()}); {len(potential.elements)} elements")
+
+
+@app.command()
+def export(model_file: ModelFile, output: Annotated[Path, typer.Argument(help="The .model file to write.")]) -> None:
+    """Write an ordinary MACE file, for MACECalculator and LAMMPS."""
+    from hpcft.models.files import export_mace, load_model
+
+    export_mace(load_model(model_file), output)
+    typer.echo(f"{output}: use it as MACECalculator(model_paths='{output}')")
+
+
+@app.command()
+def info(model_file: ModelFile) -> None:
+    """What a model file is: architecture, elements, cutoff, size, SHA-256, where it comes from."""
+    from ase.data import chemical_symbols
+
+    from hpcft.models.files import load_model, read_header, sha256_of
+    from hpcft.models.protocol import as_module, dtype_of
+
+    potential = load_model(model_file)
+    typer.echo(f"architecture  {potential.architecture}, {dtype_of(potential)}")
+    typer.echo(f"elements      {' '.join(chemical_symbols[z] for z in potential.elements)}")
+    typer.echo(f"cutoff        {potential.cutoff:g} Å")
+    typer.echo(f"parameters    {sum(p.numel() for p in as_module(potential).parameters())}")
+    typer.echo(f"SHA-256       {sha256_of(model_file)}")
+    try:
+        typer.echo(f"provenance    {json.dumps(read_header(model_file)['provenance'])}")
+    except UserError:
+        typer.echo("provenance    unknown (a pickled MACE file)")

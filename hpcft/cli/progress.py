@@ -1,0 +1,85 @@
+"""What `hpcft run` shows while it works: one live line on a terminal, a line per change when piped."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.status import Status
+
+from hpcft.campaign.decide import Collect, Stop, Submit
+from hpcft.campaign.manager import Turn, stage_line
+from hpcft.report.results import METRICS, RoundResult, read_results, shown
+from hpcft.storage.campaign_folder import CampaignFolder
+
+
+class Progress:
+    """Follows the manager's turns. Lines are printed once, when something changes."""
+
+    def __init__(self, folder: CampaignFolder) -> None:
+        self.console = Console(highlight=False)
+        self.folder = folder
+        self._status: Status | None = None
+        self._started = time.monotonic()
+        self._stage_started = self._started
+        self._last = ""
+        self._rounds_shown = 0
+
+    def __enter__(self) -> Self:
+        identity = self.folder.read_identity()
+        self.console.print(f"campaign {identity['name']} in {self.folder.root}")
+        if self.console.is_terminal:
+            self._status = self.console.status("starting")
+            self._status.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def show(self, turn: Turn) -> None:
+        for action in turn.actions:
+            if isinstance(action, Submit) and action.attempt > 1:
+                self._print(f"round {action.round} {action.stage}: tasks {list(action.tasks)} again, attempt {action.attempt}")
+            if isinstance(action, Collect):
+                self._collected(action)
+            if isinstance(action, Stop):
+                return
+        stage = turn.records.current
+        if stage is None:
+            return
+        line = stage_line(stage, len(turn.observation.alive))
+        if not turn.observation.known:
+            line += " (Slurm does not answer; this is what was last known)"
+        if self._status is not None:
+            self._status.update(f"{line} · {time.monotonic() - self._stage_started:.0f} s")
+        self._last = line
+
+    def _collected(self, action: Collect) -> None:
+        seconds = time.monotonic() - self._stage_started
+        self._stage_started = time.monotonic()
+        self._print(f"{self._clock()}  round {action.round} {action.stage:<9} done in {seconds:5.1f} s")
+        if action.stage == "evaluate":
+            results = read_results(self.folder)
+            for result in results[self._rounds_shown :]:
+                self._print(f"          {_brief(result)}")
+            self._rounds_shown = len(results)
+
+    def _clock(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
+        return f"{minutes:3d}:{seconds:02d}"
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
+
+def _brief(result: RoundResult) -> str:
+    digits = {"energy_bias_meV_per_atom": 1, "force_slope": 2, "force_mae_meV_per_A": 0, "delta_q": 2}
+    parts = [
+        f"{label} {shown(result.metrics.get(name), digits[name])} {unit}".rstrip() for name, label, unit in METRICS
+    ]
+    return ", ".join(parts)

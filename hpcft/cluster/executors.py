@@ -1,0 +1,123 @@
+"""submitit executors from a site: the only place that turns site facts into submission parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from hpcft.config.campaign import Resources
+from hpcft.config.site import Site
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What all elements of one submission share."""
+
+    name: str
+    stage: str
+    ranks: int
+    resources: Resources
+    folder: Path
+    """submitit's own folder for this submission."""
+
+
+def submit(
+    site: Site, spec: JobSpec, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
+) -> list[str]:
+    """Submit one call of `function` per element, as one array where there are several; returns the job ids.
+
+    On Slurm the jobs are held: release them with `hpcft.cluster.slurm.release` once their ids are recorded.
+    """
+    spec.folder.mkdir(parents=True, exist_ok=True)
+    executor = _executor(site, spec)
+    with _environment(_variables(site, spec)):
+        jobs = executor.map_array(function, *zip(*arguments, strict=True))
+    return [str(job.job_id) for job in jobs]
+
+
+def _executor(site: Site, spec: JobSpec) -> Any:
+    if site.executor == "local":
+        local = submitit.LocalExecutor(spec.folder)
+        local.update_parameters(
+            timeout_min=spec.resources.time_min,
+            tasks_per_node=spec.ranks,
+            **_visible_gpus(),
+        )
+        return local
+    slurm = submitit.SlurmExecutor(spec.folder, max_num_timeout=0)
+    slurm.update_parameters(**slurm_parameters(site, spec))
+    return slurm
+
+
+def _visible_gpus() -> dict[str, Any]:
+    """submitit's local executor hides all GPUs unless it is told which ones the job may see."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        count = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+        gpus = list(range(count))
+    else:
+        gpus = [int(number) for number in listed.split(",") if number.strip().isdigit()]
+    return {"gpus_per_node": len(gpus), "visible_gpus": gpus} if gpus else {}
+
+
+def slurm_parameters(site: Site, spec: JobSpec) -> dict[str, Any]:
+    """submitit's parameters for one submission: pure, so that tests read the batch script as text."""
+    asked = site.slurm_for(spec.stage)  # type: ignore[arg-type]
+    additional: dict[str, Any] = {key: value for key, value in asked.options.items() if value is not False}
+    additional |= {"hold": True, "requeue": True}
+    if spec.resources.memory_GB is not None:
+        additional["mem"] = f"{int(spec.resources.memory_GB * 1024)}M"
+    parameters: dict[str, Any] = {
+        "job_name": spec.name,
+        "partition": asked.partition,
+        "time": spec.resources.time_min,
+        "nodes": 1,
+        "ntasks_per_node": spec.ranks,
+        "cpus_per_task": spec.resources.cpus_per_rank,
+        "account": asked.account,
+        "qos": asked.qos,
+        "constraint": asked.constraint,
+        "setup": [*_exports(_variables(site, spec)), *site.setup],
+        "srun_args": ["--kill-on-bad-exit=1", *asked.srun_arguments],
+        "additional_parameters": additional,
+        # submitit's default wckey is rejected by sites that enforce them.
+        "wckey": asked.wckey,
+    }
+    if asked.gpus_per_rank:
+        parameters["gpus_per_node"] = asked.gpus_per_rank * spec.ranks
+    if asked.array_parallelism is not None:
+        parameters["array_parallelism"] = asked.array_parallelism
+    return {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
+
+
+def _variables(site: Site, spec: JobSpec) -> dict[str, str]:
+    threads = dict.fromkeys(_THREADS, str(spec.resources.cpus_per_rank))
+    return {**threads, **site.environment}
+
+
+def _exports(variables: dict[str, str]) -> list[str]:
+    return [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """submitit starts local tasks and writes batch scripts from this process's own environment."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,438 @@
+"""What a campaign is: the settings of every stage, checked key by key and against each other.
+
+Units are eV, Å, amu, fs and K; any other stands in the name of the key. A round is explore, select, label,
+train, probe and evaluate; the reference relaxes its structures once for all rounds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, Field, JsonValue, Strict
+
+from hpcft.config.validate import (
+    Count,
+    Fraction,
+    InputFile,
+    Name,
+    NonNegative,
+    Positive,
+    Section,
+    Seed,
+    Unit,
+    matching,
+    shown,
+    validate,
+)
+from hpcft.config.yaml_file import KeyPath, load_yaml
+from hpcft.errors import UserError
+
+StageName = Literal["explore", "select", "label", "train", "probe", "reference", "evaluate"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+
+# Not from ASE, whose import takes longer than `hpcft status` may.
+_SYMBOLS = frozenset(
+    "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr "  # noqa: SIM905 (118 lines as a list)
+    "Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba "
+    "La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra "
+    "Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og".split()
+)
+_ROUNDING = 1e-9  # 100 * (1 - 0.9) is 9.999999999999998 and means 10
+
+
+def _elements(symbols: tuple[str, ...]) -> tuple[str, ...]:
+    if not symbols:
+        raise ValueError("the list is empty; write at least one chemical symbol")
+    for symbol in symbols:
+        if symbol not in _SYMBOLS:
+            guess = symbol.strip().capitalize()
+            remedy = f"write {guess}" if guess in _SYMBOLS else "write symbols such as Cu"
+            raise ValueError(f"{shown(symbol)} is no chemical symbol; {remedy}")
+        if symbols.count(symbol) > 1:
+            raise ValueError(f"{symbol} is listed twice; once is enough")
+    return symbols
+
+
+Elements = Annotated[tuple[str, ...], Strict(False), AfterValidator(_elements)]
+DottedPath = Annotated[
+    str,
+    matching(
+        r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+",
+        "name a class with its module, such as ase.calculators.emt.EMT",
+    ),
+]
+
+
+class Resources(Section):
+    """What one task of a stage asks of the machine."""
+
+    time_min: Annotated[Count, Unit("min")] = 60
+    """Time limit of one attempt in minutes."""
+    cpus_per_rank: Count = 1
+    """CPU cores for each rank."""
+    memory_GB: Annotated[Positive, Unit("GB")] | None = None
+    """Memory for each node in GB; left out: what the site gives by default."""
+
+
+class Reference(Section):
+    """The calculator whose energies, forces and stresses count as the truth."""
+
+    calculator: DottedPath
+    """Dotted path of an ASE calculator class, such as ase.calculators.emt.EMT."""
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    """Keyword arguments of the calculator."""
+    elements: Elements | None = None
+    """Chemical symbols that the reference knows; left out: the calculator is asked."""
+    time_limit_s: Annotated[Positive, Unit("s")] = 3600.0
+    """Time after which one calculation is stopped and counts as failed, in seconds."""
+
+
+class Explore(Section):
+    """Molecular dynamics with the round's model, on which new frames are found."""
+
+    tasks: Count = 1
+    """Tasks over which the replicas are spread."""
+    temperature_K: Annotated[Positive, Unit("K")]
+    """Temperature of the thermostat in K."""
+    timestep: Annotated[Positive, Unit("fs")]
+    """Time step in fs."""
+    friction_per_ps: Annotated[Positive, Unit("1/ps")] = 10.0
+    """Friction of the Langevin thermostat in 1/ps."""
+    steps: Count
+    """Time steps of each replica in each round."""
+    frame_every: Count = 10
+    """Time steps between two stored frames."""
+    segment_frames: Count = 10
+    """Frames that are committed to disk at once; a killed task loses at most these."""
+    max_temperature_K: Annotated[Positive, Unit("K")] | None = None
+    """Guard: a replica hotter than this has exploded and is stopped, in K; left out: 5 temperature_K."""
+    min_distance: Annotated[Positive, Unit("Å")] = 0.8
+    """Guard: a replica with two atoms closer than this is stopped, in Å."""
+    resources: Resources = Resources()
+    """What one task asks of the machine."""
+
+    @property
+    def temperature_limit_K(self) -> float:
+        """The guard's temperature in K, given or by default."""
+        return self.max_temperature_K or 5 * self.temperature_K
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that a replica stores in a round."""
+        return self.steps // self.frame_every
+
+    def _problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.steps < self.frame_every:
+            problem = f"{self.steps} steps with a frame every {self.frame_every} give no frame"
+            yield ("steps",), f"{problem}; raise steps, or lower frame_every"
+        if self.temperature_limit_K <= self.temperature_K:
+            problem = f"must be greater than temperature_K ({shown(self.temperature_K)} K)"
+            yield ("max_temperature_K",), f"{problem}, or every replica is stopped at once; raise it"
+
+
+class Select(Section):
+    """The choice of the frames that are worth a reference calculation."""
+
+    frames: Count
+    """Frames to label in each round, over all replicas."""
+    exclude_first: Fraction = 0.0
+    """Fraction of each trajectory, from its start, that is not chosen from."""
+    method: Literal["farthest-point", "random"] = "farthest-point"
+    """How frames are chosen: far from each other and from what is labelled already, or at random."""
+    resources: Resources = Resources()
+    """What the task asks of the machine."""
+
+
+class Label(Section):
+    """Reference calculations of the selected frames."""
+
+    shards: Count = 1
+    """Tasks over which the frames are spread."""
+    tolerated_failures: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Fraction of the frames that may fail for good before the campaign stops."""
+    resources: Resources = Resources()
+    """What one task asks of the machine."""
+
+
+class Relaxations(Section):
+    """Structures that the reference relaxes once: what the model's own relaxations are compared with."""
+
+    train: InputFile | None = None
+    """Start structures whose relaxations the model is trained on (needed by train.relaxation)."""
+    test: InputFile | None = None
+    """Start structures whose relaxations only judge the model (Delta Q)."""
+    fmax: Annotated[Positive, Unit("eV/Å")] = 0.01
+    """Largest force on an atom at which a structure counts as relaxed, in eV/Å."""
+    max_steps: Count = 300
+    """Steps after which a relaxation gives up."""
+    resources: Resources = Resources()
+    """What one task asks of the machine."""
+
+    def _problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.train is not None and self.train == self.test:
+            problem = "is the file of relaxations.train, and structures that were trained on prove nothing"
+            yield ("test",), f"{problem}; name another file"
+
+
+class Weights(Section):
+    """Weights of the terms of the loss."""
+
+    energy: NonNegative = 1.0
+    """Weight of the energy per atom."""
+    forces: NonNegative = 1.0
+    """Weight of the forces."""
+    stress: NonNegative = 0.0
+    """Weight of the stress."""
+
+    def _problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.energy == self.forces == self.stress == 0:
+            yield (), "energy, forces and stress are all 0, so nothing would be learned; raise one of them"
+
+
+class Replay(Section):
+    """Structures of the foundation model's training that are mixed in, so that it does not forget."""
+
+    file: InputFile
+    """Labelled structures (extxyz with REF_energy, REF_forces)."""
+    batch_size: Count = 2
+    """Replay structures that join each global batch."""
+    weight: NonNegative = 1.0
+    """Weight of the replay loss beside that of the labels."""
+
+
+class RelaxationTraining(Section):
+    """Training through the iterated map of a relaxation (BPTT), towards those of relaxations.train."""
+
+    weight: Positive
+    """Weight of the loss on the relaxed structures."""
+    every: Count = 1
+    """Optimiser steps between two steps that include this loss."""
+    batch_size: Count = 1
+    """Relaxations in each such step."""
+    steps: Count = 20
+    """Relaxation steps that are trained through."""
+    step_size: Annotated[Positive, Unit("Å²/eV")] = 0.05
+    """Displacement per force in Å²/eV."""
+    momentum: Fraction = 0.8
+    """Heavy-ball momentum of the relaxation."""
+
+
+class Optimisation(Section):
+    """Minimisation of a loss over labelled structures."""
+
+    ranks: Count = 1
+    """Processes that share each batch (DDP)."""
+    epochs: Count
+    """Passes of training; in a campaign, in each round."""
+    batch_size: Count = 4
+    """Labelled structures in the global batch, over all ranks."""
+    learning_rate: Positive = 1e-3
+    """Learning rate at the start."""
+    weights: Weights = Weights()
+    """Weights of the terms of the loss."""
+
+    def _problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.batch_size < self.ranks:
+            problem = (
+                f"a batch of {self.batch_size} leaves some of the {self.ranks} ranks without a structure"
+            )
+            yield ("batch_size",), f"{problem}; raise batch_size, or lower ranks"
+
+
+class Train(Optimisation):
+    """Fine-tuning of the model on all labels so far."""
+
+    steps_per_epoch: Count | None = None
+    """Optimiser steps in an epoch; left out: one pass over the labels."""
+    precision: Literal["float32", "float64"] = "float32"
+    """Floating-point type of the model and its training."""
+    replay: Replay | None = None
+    """Structures mixed in against forgetting; left out: none."""
+    relaxation: RelaxationTraining | None = None
+    """Training through relaxations; left out: none."""
+    checkpoint_every_epochs: Count = 1
+    """Epochs between two checkpoints."""
+    gradient_clip: Positive | None = 10.0
+    """Norm to which the gradient is clipped; null: not clipped."""
+    resources: Resources = Resources()
+    """What the task asks of the machine."""
+
+
+class Probe(Section):
+    """Molecular dynamics of the new model by itself, on which its bias is measured and nothing is trained."""
+
+    tasks: Count = 1
+    """Tasks over which the replicas are spread."""
+    steps: Count
+    """Time steps of each replica."""
+    frames: Count
+    """Frames of each replica that the reference labels."""
+    discard: Fraction = 0.5
+    """Fraction of each trajectory, from its start, that is not labelled."""
+    temperature_K: Annotated[Positive, Unit("K")] | None = None
+    """Temperature of the thermostat in K; left out: that of explore."""
+    resources: Resources = Resources()
+    """What one task asks of the machine."""
+
+    @property
+    def discarded_steps(self) -> int:
+        """Steps at the start of each trajectory that are not labelled."""
+        return math.ceil(self.steps * self.discard - _ROUNDING)
+
+    @property
+    def frame_every(self) -> int:
+        """Steps between two labelled frames; the last one is within `steps`."""
+        return (self.steps - self.discarded_steps) // self.frames
+
+    def _problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.frame_every < 1:
+            num_left = self.steps - self.discarded_steps
+            problem = f"{self.frames} frames do not fit into the {num_left} steps that discard leaves"
+            yield ("frames",), f"{problem} of {self.steps}; raise steps, or lower frames or discard"
+
+
+class Evaluate(Section):
+    """Statistics of the bias."""
+
+    bootstrap: Annotated[int, Field(ge=100)] = 1000
+    """Resamples of the bootstrap."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Confidence level of the intervals."""
+    resources: Resources = Resources()
+    """What the task asks of the machine."""
+
+
+class Campaign(Section):
+    """An iterated fine-tuning of a foundation model."""
+
+    name: Name
+    """Name of the campaign."""
+    seed: Seed = 0
+    """Every random number of the campaign follows from it."""
+    rounds: Annotated[int, Field(ge=1, le=1000)]
+    """Rounds after which the campaign ends."""
+    foundation: InputFile
+    """File of the foundation model."""
+    structures: InputFile
+    """Start structures; each is one replica."""
+    reference: Reference
+    """The calculator whose results count as the truth."""
+    explore: Explore
+    """Molecular dynamics that finds new frames."""
+    select: Select
+    """Choice of the frames to label."""
+    label: Label = Label()
+    """Reference calculations."""
+    relaxations: Relaxations = Relaxations()
+    """Structures that the reference relaxes."""
+    train: Train
+    """Fine-tuning."""
+    probe: Probe
+    """Molecular dynamics on which bias is measured."""
+    evaluate: Evaluate = Evaluate()
+    """Statistics of the bias."""
+    max_attempts: Count = 3
+    """Attempts at each task before the campaign stops."""
+
+    @property
+    def probe_temperature_K(self) -> float:
+        """Temperature of the probe in K, given or that of explore."""
+        return self.probe.temperature_K or self.explore.temperature_K
+
+    def resources_for(self, stage: StageName) -> Resources:
+        """What one task of the stage asks of the machine."""
+        section = self.relaxations if stage == "reference" else getattr(self, stage)
+        resources: Resources = section.resources
+        return resources
+
+    def files(self) -> dict[KeyPath, Path]:
+        """Every input file by the key path that names it."""
+        return dict(_files(self, ()))
+
+    def normalised(self) -> dict[str, Any]:
+        """The content as plain JSON data: all defaults written out, and each file replaced by its SHA-256.
+
+        Two campaign files that mean the same, in whatever folder, have equal normalised content.
+        """
+        content = self.model_dump(mode="json")
+        content["explore"]["max_temperature_K"] = self.explore.temperature_limit_K
+        content["probe"]["temperature_K"] = self.probe_temperature_K
+        for (*sections, key), path in self.files().items():
+            section = content
+            for name in sections:
+                section = section[str(name)]
+            section[str(key)] = f"sha256:{_sha256(path)}"
+        return content
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the normalised content: equal for the same campaign, wherever its files are."""
+        canonical = json.dumps(self.normalised(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.train.relaxation is not None and self.relaxations.train is None:
+            problem = "needs structures to relax; name their file in relaxations.train"
+            yield ("train", "relaxation"), f"{problem}, or leave this section out"
+        if self.label.shards > self.select.frames:
+            problem = f"{self.label.shards} shards for {self.select.frames} frames (select.frames)"
+            yield ("label", "shards"), f"{problem} would leave some empty; lower shards"
+        if self.explore.num_frames * (1 - self.select.exclude_first) < 1 - _ROUNDING:
+            problem = f"leaves none of the {self.explore.num_frames} frames that a replica stores"
+            yield ("select", "exclude_first"), f"{problem}; lower it, or raise explore.steps"
+
+
+def load_campaign(path: Path) -> Campaign:
+    """The campaign in the YAML file, its input files found and absolute; a UserError lists every problem."""
+    return validate(Campaign, load_yaml(path), path)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line `key.path: old -> new` for each key in which two normalised campaigns differ; empty if equal."""
+    return [f"{key}: {text}" for key, text in _differences(old, new, "")]
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for key in sorted(old.keys() | new.keys()):
+        if key not in new:
+            yield prefix + key, f"{_brief(old[key])} -> not there"
+        elif key not in old:
+            yield prefix + key, f"not there -> {_brief(new[key])}"
+        elif isinstance(old[key], dict) and isinstance(new[key], dict):
+            yield from _differences(old[key], new[key], f"{prefix}{key}.")
+        elif _is_file(old[key]) and _is_file(new[key]) and old[key] != new[key]:
+            yield prefix + key, f"the file's content has changed ({old[key][:15]}… -> {new[key][:15]}…)"
+        elif old[key] != new[key]:
+            yield prefix + key, f"{_brief(old[key])} -> {_brief(new[key])}"
+
+
+def _brief(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else f"{text[:99]}…"
+
+
+def _is_file(value: object) -> bool:
+    return isinstance(value, str) and value.startswith("sha256:")
+
+
+def _files(section: Section, prefix: KeyPath) -> Iterator[tuple[KeyPath, Path]]:
+    for key in type(section).model_fields:
+        value = getattr(section, key)
+        if isinstance(value, Path):
+            yield (*prefix, key), value
+        elif isinstance(value, Section):
+            yield from _files(value, (*prefix, key))
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); the campaign needs it, so put it back"
+        ) from error

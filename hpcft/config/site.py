@@ -1,0 +1,211 @@
+"""Every fact about the machine that campaigns run on; no campaign names a partition, and no code does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    Strict,
+    model_serializer,
+)
+
+from hpcft.config.campaign import StageName
+from hpcft.config.validate import (
+    Count,
+    Name,
+    OneLine,
+    Positive,
+    Section,
+    Unit,
+    matching,
+    shown,
+    validate,
+)
+from hpcft.config.yaml_file import KeyPath, load_yaml
+from hpcft.errors import UserError
+
+# sacct is not among them: a site without accounting is served by squeue and the tasks' own records.
+_SLURM_EXECUTABLES = ("sbatch", "squeue", "scancel", "scontrol", "srun")
+
+_OWN_KEYS = {"partition", "account", "qos", "constraint", "wckey"}
+_SET_BY_HPCFT = {
+    "array",
+    "chdir",
+    "cpus-per-task",
+    "dependency",
+    "error",
+    "hold",
+    "job-name",
+    "mem",
+    "no-requeue",
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "open-mode",
+    "output",
+    "parsable",
+    "requeue",
+    "signal",
+    "test-only",
+    "time",
+    "wait",
+    "wrap",
+}
+
+
+def _option_name(name: str) -> str:
+    if name in _OWN_KEYS:
+        raise ValueError(f"is a key of the slurm section itself; write slurm.{name} instead of an option")
+    if name in _SET_BY_HPCFT:
+        raise ValueError("is set by hpcft from the campaign and the task; delete it here")
+    return name
+
+
+def _option_value(value: object) -> str | int | bool:
+    if not isinstance(value, str | int):
+        raise ValueError(f"must be text, a whole number, true or false, but is {shown(value)}")
+    if isinstance(value, str) and not value.isprintable():
+        raise ValueError(f"{shown(value)} is not allowed: it must be one line without control characters")
+    return value
+
+
+SlurmName = Annotated[
+    str,
+    matching(
+        r"[A-Za-z0-9_][A-Za-z0-9._,@:+/-]*", "use A-Z a-z 0-9 . _ , @ : + / - and do not begin with a sign"
+    ),
+]
+Constraint = Annotated[
+    str,
+    matching(
+        r"[A-Za-z0-9_(\[!][A-Za-z0-9._,:=&|*()\[\]!+-]*", "write node features and & | * ( ) [ ] between them"
+    ),
+]
+OptionName = Annotated[
+    str,
+    matching(r"[a-z][a-z-]*", "write a long option of sbatch without its dashes, such as mail-type"),
+    AfterValidator(_option_name),
+]
+OptionValue = Annotated[str | int | bool, PlainValidator(_option_value)]
+VariableName = Annotated[
+    str,
+    matching(
+        r"[A-Za-z_][A-Za-z0-9_]*", "a variable's name has A-Z a-z 0-9 _ and does not begin with a digit"
+    ),
+]
+Lines = Annotated[tuple[OneLine, ...], Strict(False)]
+
+
+class Slurm(Section):
+    """What is asked of Slurm for every job."""
+
+    partition: SlurmName
+    """Partition, or several with commas."""
+    account: SlurmName | None = None
+    """Account that is charged; left out: the user's default."""
+    qos: SlurmName | None = None
+    """Quality of service; left out: the default."""
+    constraint: Constraint | None = None
+    """Features that a node must have."""
+    gpus_per_rank: Annotated[int, Field(ge=0)] = 0
+    """GPUs for each rank."""
+    srun_arguments: Lines = ()
+    """More arguments of the srun that starts the ranks."""
+    options: dict[OptionName, OptionValue] = Field(default_factory=dict)
+    """More options of sbatch, without dashes; true: a flag without a value, false: not this flag."""
+    wckey: SlurmName | None = None
+    """Workload characterisation key, where the site wants one."""
+    array_parallelism: Count | None = None
+    """Elements of one array that run at once; left out: all."""
+    max_array_size: Count | None = None
+    """The site's MaxArraySize; left out: Slurm is asked."""
+
+
+class StageSlurm(Slurm):
+    """What one stage asks of Slurm differently; a key that is not written is as in the slurm section."""
+
+    partition: SlurmName = ""
+    """Partition, or several with commas."""
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_written(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A default that is written out would override the slurm section once a stored site is read again.
+        return {key: value for key, value in dump(self).items() if key in self.model_fields_set}
+
+
+class Site(Section):
+    """A machine, or one user's way to use it."""
+
+    name: Name
+    """Name of the site."""
+    executor: Literal["local", "slurm"]
+    """What starts tasks: processes on this machine, or Slurm."""
+    max_running_tasks: Count | None = None
+    """Tasks that run at once; left out: one for each core (local), or no limit (slurm)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the model; auto: a GPU where the task finds one."""
+    poll_s: Annotated[Positive, Unit("s")] | None = None
+    """Time between two looks at running tasks in seconds; left out: 0.5 (local) or 10 (slurm)."""
+    environment: dict[VariableName, OneLine] = Field(default_factory=dict)
+    """Environment variables of every task."""
+    setup: Lines = ()
+    """Shell lines that run in each job before the work, such as `module load`; slurm only."""
+    slurm: Slurm | None = None
+    """What is asked of Slurm."""
+    stages: dict[StageName, StageSlurm] = Field(default_factory=dict)
+    """What single stages ask of Slurm differently."""
+
+    @property
+    def poll_interval_s(self) -> float:
+        """Time between two looks at running tasks in seconds, given or by default."""
+        return self.poll_s or (0.5 if self.executor == "local" else 10.0)
+
+    def task_limit(self, num_cores: int | None = None) -> int | None:
+        """Tasks that may run at once, None: no limit; `num_cores` by default are those that we may use."""
+        if self.max_running_tasks is not None or self.executor == "slurm":
+            return self.max_running_tasks
+        return num_cores or len(os.sched_getaffinity(0))
+
+    def slurm_for(self, stage: StageName) -> Slurm:
+        """The slurm section as this stage wants it: options are merged, any other key is replaced."""
+        if self.slurm is None:
+            raise UserError(f"site {self.name} has no slurm section; add one with its partition to its file")
+        override = self.stages.get(stage)
+        if override is None:
+            return self.slurm
+        changes: dict[str, Any] = {key: getattr(override, key) for key in override.model_fields_set}
+        if "options" in changes:
+            changes["options"] = self.slurm.options | override.options
+        return self.slurm.model_copy(update=changes)
+
+    def _problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.executor == "slurm" and self.slurm is None:
+            yield ("executor",), "slurm needs a partition; add a section `slurm:` with `partition: NAME`"
+        if self.stages and self.slurm is None:
+            yield ("stages",), "changes the slurm section, but there is none; add it, or delete stages"
+        if self.executor == "local" and self.setup:
+            yield ("setup",), "runs in Slurm jobs only; delete it, and run these lines in your shell instead"
+
+
+def load_site(path: Path) -> Site:
+    """The site that the YAML file describes; else a UserError with every problem."""
+    return validate(Site, load_yaml(path), path)
+
+
+def default_site() -> Site:
+    """This machine, without Slurm."""
+    return Site(name="local", executor="local")
+
+
+def missing_executables(site: Site, which: Callable[[str], str | None] = shutil.which) -> list[str]:
+    """The programs that the site's executor calls and that are not on PATH; empty if it can work."""
+    wanted = _SLURM_EXECUTABLES if site.executor == "slurm" else ()
+    return [name for name in wanted if which(name) is None]

@@ -1,0 +1,27 @@
+"""What can go wrong and be told to a user: what happened, to which object, what to do about it."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake in what the user wrote or asked for; the command line shows it without a traceback (exit code 2)."""
+
+
+class LabelError(ValueError):
+    """A reference calculation gave no label; `cause` is one word that records and tables group by."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+class CampaignStopped(RuntimeError):
+    """A campaign cannot go on by itself; the message names the stage, the tasks and the remedy (exit code 1)."""
+
+
+class LeaseHeld(RuntimeError):
+    """Another live manager drives this campaign; the message names its host and process (exit code 3)."""
+
+
+class SchedulerUnavailable(RuntimeError):
+    """Slurm did not answer, so what is known may be old; nothing was changed (exit code 4)."""

@@ -1,0 +1,109 @@
+"""One unit of labelling work, and the key under which its result is found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from ase import Atoms
+
+from hpcft.errors import UserError
+from hpcft.labelling.reference import Reference
+
+Kind = Literal["single-point", "relaxation"]
+
+# What a reference calculation may depend on besides numbers, positions, cell and periodicity.
+_OPTIONAL_ARRAYS = ("initial_magmoms", "initial_charges")
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """A structure to label, or to relax at fixed cell to forces below `fmax` (eV/Å) within `max_steps`."""
+
+    kind: Kind
+    atoms: Atoms
+    fmax: float | None = None
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "atoms", _checked(self.atoms, self.kind))
+        if self.kind == "single-point":
+            if self.fmax is not None or self.max_steps is not None:
+                raise UserError(
+                    "A single-point has neither fmax nor max_steps; use Item.relaxation for a relaxation."
+                )
+        elif self.kind == "relaxation":
+            if self.fmax is None or not (math.isfinite(self.fmax) and self.fmax > 0):
+                raise UserError(f"The fmax of a relaxation is {self.fmax}; give a positive force in eV/Å.")
+            if self.max_steps is None or self.max_steps < 1:
+                raise UserError(f"The max_steps of a relaxation is {self.max_steps}; give at least 1.")
+        else:
+            raise UserError(f"There is no item kind {self.kind!r}; it is 'single-point' or 'relaxation'.")
+
+    @classmethod
+    def single_point(cls, atoms: Atoms) -> Item:
+        """Energy, forces and stress of a structure as it stands."""
+        return cls("single-point", atoms)
+
+    @classmethod
+    def relaxation(cls, atoms: Atoms, *, fmax: float, max_steps: int) -> Item:
+        """The structure that all atoms together relax to in a fixed cell."""
+        return cls("relaxation", atoms, fmax, max_steps)
+
+
+def plain_structure(atoms: Atoms) -> Atoms:
+    """A copy with nothing but what decides a label.
+
+    That is numbers, positions, cell and pbc, and initial magnetic moments and charges if any is not 0.
+    """
+    plain = Atoms(
+        numbers=atoms.numbers,
+        positions=np.asarray(atoms.positions, dtype=np.float64)
+        + 0.0,  # -0.0 becomes 0.0: the same structure has one key
+        cell=np.asarray(atoms.cell.array, dtype=np.float64) + 0.0,
+        pbc=atoms.pbc,
+    )
+    for name in _OPTIONAL_ARRAYS:
+        if name in atoms.arrays and np.any(atoms.arrays[name]):
+            plain.set_array(name, np.asarray(atoms.arrays[name], dtype=np.float64) + 0.0)
+    return plain
+
+
+def item_key(item: Item, reference: Reference) -> str:
+    """SHA-256 over the exact structure, the kind of work and the reference's settings.
+
+    The same in every process and on every machine.
+    """
+    header = {
+        "format": 1,
+        "kind": item.kind,
+        "fmax": None if item.fmax is None else float(item.fmax),
+        "max_steps": None if item.max_steps is None else int(item.max_steps),
+        "reference": reference.fingerprint(),
+    }
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    atoms = item.atoms
+    arrays = {
+        "numbers": atoms.numbers.astype("<i8"),
+        "positions": atoms.positions.astype("<f8"),
+        "cell": atoms.cell.array.astype("<f8"),
+        "pbc": atoms.pbc.astype("u1"),
+    }
+    arrays |= {name: atoms.arrays[name].astype("<f8") for name in _OPTIONAL_ARRAYS if name in atoms.arrays}
+    for name, array in arrays.items():
+        digest.update(f"{name}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _checked(atoms: Atoms, kind: str) -> Atoms:
+    if kind == "relaxation" and atoms.constraints:
+        raise UserError(
+            f"{atoms.get_chemical_formula()} carries constraints, but a reference relaxation moves "
+            "every atom; remove them first."
+        )
+    return plain_structure(atoms)

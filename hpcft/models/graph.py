@@ -1,0 +1,172 @@
+"""A batch of structures as one graph of tensors, and its neighbour list.
+
+Shape suffixes: n atoms of the whole batch, b structures, e edges. Positions in Å.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from ase import Atoms
+from matscipy.neighbours import neighbour_list
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Structures with their edges; an edge points from `senders_e` to `receivers_e`, shifted by whole cells.
+
+    The vector of an edge is r[receiver] - r[sender] + shift @ cell, as in MACE.
+    """
+
+    positions_n3: Tensor
+    numbers_n: Tensor
+    structure_n: Tensor
+    cell_b33: Tensor
+    periodic_b3: Tensor
+    senders_e: Tensor
+    receivers_e: Tensor
+    shifts_e3: Tensor
+
+    @property
+    def num_structures(self) -> int:
+        return int(self.cell_b33.shape[0])
+
+    @property
+    def num_atoms_b(self) -> Tensor:
+        return torch.bincount(self.structure_n, minlength=self.num_structures)
+
+    @property
+    def shift_vectors_e3(self) -> Tensor:
+        """Cell translation of each edge in Å."""
+        cell_e33 = self.cell_b33[self.structure_n[self.senders_e]]
+        return torch.einsum("ei,eij->ej", self.shifts_e3, cell_e33)
+
+    @property
+    def vectors_e3(self) -> Tensor:
+        difference = self.positions_n3[self.receivers_e] - self.positions_n3[self.senders_e]
+        return difference + self.shift_vectors_e3
+
+    def with_positions(self, positions_n3: Tensor) -> Graph:
+        return replace(self, positions_n3=positions_n3)
+
+    def with_edges_of(self, other: Graph) -> Graph:
+        return replace(
+            self, senders_e=other.senders_e, receivers_e=other.receivers_e, shifts_e3=other.shifts_e3
+        )
+
+    def within(self, cutoff: float) -> Graph:
+        """The same graph without the edges longer than `cutoff` (Å): what a skin added is taken away again."""
+        with torch.no_grad():
+            keep = (self.vectors_e3**2).sum(-1) < cutoff**2
+        return replace(
+            self,
+            senders_e=self.senders_e[keep],
+            receivers_e=self.receivers_e[keep],
+            shifts_e3=self.shifts_e3[keep],
+        )
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Graph:
+        """Move all tensors; `dtype` applies to the floating-point ones."""
+        moved = {}
+        for name, tensor in vars(self).items():
+            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            moved[name] = tensor.to(device=device, dtype=kind)
+        return Graph(**moved)
+
+
+def find_edges(
+    positions: np.ndarray, cell: np.ndarray, periodic: np.ndarray, cutoff: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All ordered pairs (i, j, cell shift) closer than `cutoff` (Å); an atom may see its own images."""
+    full_cell = np.array(cell, dtype=float)
+    open_directions = [axis for axis in range(3) if not full_cell[axis].any()]
+    if open_directions:
+        full_cell = _fill_open_directions(full_cell, positions, cutoff)
+    senders, receivers, shifts = neighbour_list(
+        "ijS", positions=np.ascontiguousarray(positions), cell=full_cell, pbc=periodic, cutoff=cutoff
+    )
+    return senders.astype(np.int64), receivers.astype(np.int64), shifts.astype(np.float64)
+
+
+def _fill_open_directions(cell: np.ndarray, positions: np.ndarray, cutoff: float) -> np.ndarray:
+    """Give missing cell vectors a length; the neighbour search needs a box even where nothing repeats."""
+    from ase.geometry import complete_cell
+
+    extent = float(np.ptp(positions, axis=0).max()) + 2.0 * cutoff + 1.0
+    filled = complete_cell(cell)
+    for axis in range(3):
+        if not cell[axis].any():
+            filled[axis] *= extent / np.linalg.norm(filled[axis])
+    return np.asarray(filled)
+
+
+def build_graph(
+    structures: Sequence[Atoms],
+    cutoff: float,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> Graph:
+    """Batch `structures` with the neighbour list of `cutoff` (Å)."""
+    offsets = np.concatenate([[0], np.cumsum([len(atoms) for atoms in structures])]).astype(np.int64)
+    edges = [
+        find_edges(atoms.get_positions(), atoms.cell.array, atoms.pbc, cutoff) for atoms in structures
+    ]
+    senders = np.concatenate([e[0] + o for e, o in zip(edges, offsets, strict=False)])
+    receivers = np.concatenate([e[1] + o for e, o in zip(edges, offsets, strict=False)])
+    shifts = np.concatenate([e[2] for e in edges])
+    structure = np.repeat(np.arange(len(structures)), np.diff(offsets))
+    graph = Graph(
+        positions_n3=torch.from_numpy(np.concatenate([a.get_positions() for a in structures])),
+        numbers_n=torch.from_numpy(np.concatenate([a.numbers for a in structures]).astype(np.int64)),
+        structure_n=torch.from_numpy(structure.astype(np.int64)),
+        cell_b33=torch.from_numpy(np.stack([np.asarray(a.cell.array, dtype=float) for a in structures])),
+        periodic_b3=torch.from_numpy(np.stack([np.asarray(a.pbc, dtype=bool) for a in structures])),
+        senders_e=torch.from_numpy(senders),
+        receivers_e=torch.from_numpy(receivers),
+        shifts_e3=torch.from_numpy(shifts.reshape(-1, 3)),
+    )
+    return graph.to(device, dtype)
+
+
+def rebuild_edges(graph: Graph, cutoff: float) -> Graph:
+    """The same structures with a new neighbour list for where the atoms are now (positions keep their gradient)."""
+    positions = graph.positions_n3.detach().to("cpu", torch.float64).numpy()
+    cells = graph.cell_b33.detach().to("cpu", torch.float64).numpy()
+    periodic = graph.periodic_b3.cpu().numpy()
+    counts = graph.num_atoms_b.cpu().numpy()
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    edges = [
+        find_edges(positions[offsets[b] : offsets[b + 1]], cells[b], periodic[b], cutoff)
+        for b in range(len(counts))
+    ]
+    device = graph.positions_n3.device
+    senders = np.concatenate([e[0] + o for e, o in zip(edges, offsets, strict=False)])
+    receivers = np.concatenate([e[1] + o for e, o in zip(edges, offsets, strict=False)])
+    shifts = np.concatenate([e[2] for e in edges]).reshape(-1, 3)
+    return replace(
+        graph,
+        senders_e=torch.from_numpy(senders).to(device),
+        receivers_e=torch.from_numpy(receivers).to(device),
+        shifts_e3=torch.from_numpy(shifts).to(device, graph.positions_n3.dtype),
+    )
+
+
+def concatenate(graphs: Sequence[Graph]) -> Graph:
+    """One batch out of several; the atoms and structures of each follow those of the one before."""
+    atoms = np.cumsum([0] + [g.positions_n3.shape[0] for g in graphs])
+    counts = np.cumsum([0] + [g.num_structures for g in graphs])
+    return Graph(
+        positions_n3=torch.cat([g.positions_n3 for g in graphs]),
+        numbers_n=torch.cat([g.numbers_n for g in graphs]),
+        structure_n=torch.cat([g.structure_n + int(c) for g, c in zip(graphs, counts, strict=False)]),
+        cell_b33=torch.cat([g.cell_b33 for g in graphs]),
+        periodic_b3=torch.cat([g.periodic_b3 for g in graphs]),
+        senders_e=torch.cat([g.senders_e + int(a) for g, a in zip(graphs, atoms, strict=False)]),
+        receivers_e=torch.cat([g.receivers_e + int(a) for g, a in zip(graphs, atoms, strict=False)]),
+        shifts_e3=torch.cat([g.shifts_e3 for g in graphs]),
+    )

@@ -1,0 +1,149 @@
+"""MACE behind the `Potential` protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpcft.errors import UserError
+from hpcft.models.graph import Graph
+
+with warnings.catch_warnings():
+    # e3nn 0.4.4 loads its own constants without `weights_only` after mace has set
+    # TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD for the whole process; every load of ours names it.
+    warnings.simplefilter("ignore")
+    import mace.modules as mace_modules  # must come before e3nn, see the warning above
+    from e3nn import o3
+    from mace.tools.scripts_utils import extract_config_mace_model
+
+# TorchScript's profiling runs make the first calls of a process up to a second slow, and let the order of
+# fusion decisions depend on them.
+torch._C._jit_set_profiling_executor(False)
+
+_CLASSES = ("interaction_cls", "interaction_cls_first", "readout_cls")
+_IRREPS = ("hidden_irreps", "MLP_irreps", "edge_irreps")
+_BUFFERS = ("atomic_energies", "atomic_inter_scale", "atomic_inter_shift", "atomic_numbers")
+_ACCELERATION = ("cueq_config", "oeq_config")
+
+
+class MacePotential(torch.nn.Module):
+    """A `ScaleShiftMACE` (the class of all MACE foundation models) as hpcft uses it; one head is active."""
+
+    architecture = "mace"
+
+    def __init__(self, model: torch.nn.Module, head: str | None = None) -> None:
+        super().__init__()
+        if type(model).__name__ != "ScaleShiftMACE":
+            raise UserError(
+                f"the model is a {type(model).__name__}; hpcft fine-tunes ScaleShiftMACE, the class of the MACE "
+                "foundation models. Convert it, or implement hpcft.models.protocol.Potential for it."
+            )
+        self.model = model
+        heads = list(getattr(model, "heads", None) or ["Default"])
+        if head is not None and head not in heads:
+            raise UserError(f"the model has no head '{head}'; its heads are {', '.join(heads)}")
+        self.head = heads.index(head) if head is not None else len(heads) - 1
+        numbers = [int(z) for z in model.atomic_numbers]
+        index = torch.full((max(numbers) + 1,), -1, dtype=torch.int64)
+        index[torch.tensor(numbers)] = torch.arange(len(numbers))
+        self.register_buffer("_element_index", index, persistent=False)
+        self._elements = tuple(numbers)
+        self._cutoff = float(model.r_max)
+
+    @property
+    def cutoff(self) -> float:
+        return self._cutoff
+
+    @property
+    def elements(self) -> tuple[int, ...]:
+        return self._elements
+
+    def energies(self, graph: Graph) -> Tensor:
+        energies: Tensor = self._forward(graph)["energy"]
+        return energies
+
+    def descriptors(self, graph: Graph) -> Tensor:
+        """The scalar (l = 0) node features of all layers, [n, d]."""
+        # Detached first: MACE turns `requires_grad` on in place, and the caller's positions would keep it.
+        with torch.no_grad():
+            features = self._forward(graph.with_positions(graph.positions_n3.detach()))["node_feats"]
+        return features[:, self._scalar_columns()].detach()
+
+    def _scalar_columns(self) -> Tensor:
+        columns, start = [], 0
+        for product in self.model.products:
+            for multiplicity, irrep in o3.Irreps(str(product.linear.irreps_out)):
+                if irrep.l == 0:
+                    columns += range(start, start + multiplicity)
+                start += multiplicity * irrep.dim
+        return torch.tensor(columns)
+
+    def _forward(self, graph: Graph) -> dict[str, Tensor]:
+        index = self._element_index[graph.numbers_n]
+        counts = graph.num_atoms_b
+        data = {
+            "positions": graph.positions_n3,
+            "cell": graph.cell_b33.reshape(-1, 3),
+            "batch": graph.structure_n,
+            "ptr": torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+            "edge_index": torch.stack([graph.senders_e, graph.receivers_e]),
+            "shifts": graph.shift_vectors_e3,
+            "unit_shifts": graph.shifts_e3,
+            "node_attrs": torch.nn.functional.one_hot(index, len(self._elements)).to(graph.positions_n3.dtype),
+            "head": torch.full((graph.num_structures,), self.head, device=counts.device),
+        }
+        output: dict[str, Tensor] = self.model(data, training=True, compute_force=False)
+        return output
+
+    def configuration(self) -> Mapping[str, Any]:
+        raw = extract_config_mace_model(self.model)
+        config: dict[str, Any] = {}
+        for key, value in raw.items():
+            if key in _CLASSES:
+                config[key] = value.__name__
+            elif key in _IRREPS:
+                config[key] = None if value is None else str(value)
+            elif key in _BUFFERS:
+                config[key] = torch.as_tensor(value).tolist()
+            elif key == "gate":
+                config[key] = None if value is None else value.__name__
+            elif key not in _ACCELERATION:
+                config[key] = value
+        config["num_polynomial_cutoff"] = float(config["num_polynomial_cutoff"])
+        config["avg_num_neighbors"] = float(config["avg_num_neighbors"])
+        config["heads"] = list(config["heads"])
+        config["radial_MLP"] = [int(width) for width in config["radial_MLP"]]
+        return config
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def build_mace(configuration: Mapping[str, Any], dtype: torch.dtype = torch.float64) -> MacePotential:
+    """A MACE with fresh weights from the settings that `MacePotential.configuration` returns."""
+    config = dict(configuration)
+    for key in _CLASSES:
+        table = mace_modules.readout_classes if key == "readout_cls" else mace_modules.interaction_classes
+        config[key] = table[config[key]]
+    for key in _IRREPS:
+        config[key] = None if config.get(key) is None else o3.Irreps(config[key])
+    config["gate"] = None if config["gate"] is None else getattr(torch.nn.functional, config["gate"], torch.abs)
+    with _default_dtype(dtype), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript on e3nn's annotations, dozens of times
+        for key in ("atomic_inter_scale", "atomic_inter_shift"):
+            config[key] = torch.tensor(config[key], dtype=dtype).numpy()
+        config["atomic_energies"] = torch.tensor(config["atomic_energies"], dtype=dtype).numpy()
+        model = mace_modules.ScaleShiftMACE(**config)
+    return MacePotential(model)

@@ -1,0 +1,74 @@
+"""A campaign's results round by round, read from the stages' products. No torch, no HDF5: `hpcft status` shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hpcft.storage.atomic import read_json
+from hpcft.storage.campaign_folder import CampaignFolder
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What one round has shown. Label counts are cumulative: `training_labels` were learnt from, `judging_labels` only judge."""
+
+    round: int
+    metrics: Mapping[str, Mapping[str, float]]
+    training_labels: int
+    judging_labels: int
+    relaxations: int
+    failed_labels: int
+    exploded: int
+    replicas_frames: int
+
+
+METRICS: tuple[tuple[str, str, str], ...] = (
+    ("energy_bias_meV_per_atom", "energy bias", "meV/atom"),
+    ("force_slope", "force slope", ""),
+    ("force_mae_meV_per_A", "force MAE", "meV/Å"),
+    ("delta_q", "ΔQ", "amu½ Å"),
+)
+
+
+def read_results(folder: CampaignFolder) -> list[RoundResult]:
+    """Every round that has been evaluated."""
+    rounds = int(folder.read_identity()["rounds"])
+    results: list[RoundResult] = []
+    training = judging = relaxations = failed = 0
+    for round_ in range(rounds + 1):
+        products = {name: _product(folder, round_, name) for name in ("label", "probe", "reference", "evaluate")}
+        for name in ("label", "reference"):
+            product = products[name]
+            if product is None:
+                continue
+            failed += int(product["failed"])
+            relaxations += int(product["relaxations"])
+            frames = int(product["items"]) - int(product["relaxations"])
+            training, judging = (training + frames, judging) if name == "label" else (training, judging + frames)
+        evaluation, probe = products["evaluate"], products["probe"]
+        if evaluation is None or probe is None:
+            break
+        results.append(
+            RoundResult(
+                round_, evaluation["metrics"], training, judging, relaxations, failed,
+                len(probe["stopped"]), int(probe["frames"]),
+            )
+        )  # fmt: skip
+    return results
+
+
+def _product(folder: CampaignFolder, round_: int, stage: str) -> dict[str, Any] | None:
+    path = folder.stage(round_, stage).product
+    return dict(read_json(path)) if path.exists() else None
+
+
+def shown(metric: Mapping[str, float] | None, digits: int) -> str:
+    """`value [low, high]`, or a dash where nothing was measured."""
+    if metric is None:
+        return "–"
+    value, low, high = (metric[key] for key in ("value", "low", "high"))
+    if low != low:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -1,0 +1,96 @@
+"""A task's share of MD, in segments that are committed one by one: what explore and probe have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcft import __version__
+from hpcft.md import Guards, LangevinSettings, Simulation
+from hpcft.md.engine import Observe, Replica
+from hpcft.models.files import sha256_of
+from hpcft.models.protocol import Potential
+from hpcft.stages.context import StageContext, Superseded, TaskContext
+from hpcft.storage.trajectory import Trajectory, consolidate, list_segments, read_segment, write_segment
+
+
+@dataclass(frozen=True)
+class Run:
+    """How long a task's replicas run, and how often frames are kept and committed."""
+
+    steps: int
+    frame_every: int
+    segment_frames: int
+
+
+def guards_of(context: StageContext) -> Guards:
+    explore = context.campaign.explore
+    return Guards(max_temperature_K=explore.temperature_limit_K, min_distance=explore.min_distance)
+
+
+def langevin_of(context: StageContext, temperature_K: float) -> LangevinSettings:
+    explore = context.campaign.explore
+    return LangevinSettings(temperature_K, explore.timestep, explore.friction_per_ps)
+
+
+def run_dynamics(
+    task: TaskContext,
+    potential: Potential,
+    replicas: Sequence[Replica],
+    settings: LangevinSettings,
+    run: Run,
+    model: Path,
+    observe: Observe | None = None,
+) -> dict[str, Any]:
+    """Run what is still missing and leave one `trajectory.h5`; returns counts for the task's result.
+
+    A segment that exists is never run again: the replicas go on from its checkpoint. Raises Superseded when
+    another attempt has published the segment that this one has just run.
+    """
+    final = task.path / "trajectory.h5"
+    if not final.exists():
+        simulation = Simulation(potential, replicas, settings, guards_of(task.context), observe)
+        _run_segments(task.path, simulation, run)
+        consolidate(list_segments(task.path), final, _provenance(task, model, settings))
+    for segment in list_segments(task.path):
+        segment.unlink()
+    return _summary(final, replicas)
+
+
+def _run_segments(folder: Path, simulation: Simulation, run: Run) -> None:
+    segments = list_segments(folder)
+    if segments:
+        _, checkpoint = read_segment(segments[-1], frames=False)
+        for replica in simulation.replicas:
+            replica.restore(checkpoint[f"{replica.index:04d}"])
+    steps_per_segment = run.frame_every * run.segment_frames
+    for number in range(len(segments), -(-run.steps // steps_per_segment)):
+        steps = min(steps_per_segment, run.steps - number * steps_per_segment)
+        blocks = simulation.run(steps, run.frame_every)
+        checkpoint = {f"{replica.index:04d}": replica.state() for replica in simulation.replicas}
+        if not write_segment(folder / f"segment-{number:04d}.h5", blocks, checkpoint):
+            raise Superseded(f"segment {number} of {folder} was published by another attempt")
+
+
+def _provenance(task: TaskContext, model: Path, settings: LangevinSettings) -> dict[str, Any]:
+    context = task.context
+    return {
+        "campaign": context.campaign.name,
+        "round": context.round,
+        "stage": context.stage,
+        "seed": context.campaign.seed,
+        "model_sha256": sha256_of(model),
+        "hpcft_version": __version__,
+        "temperature_K": settings.temperature_K,
+        "timestep_fs": settings.timestep,
+    }
+
+
+def _summary(trajectory: Path, replicas: Sequence[Replica]) -> dict[str, Any]:
+    with Trajectory(trajectory) as opened:
+        checkpoint = opened.checkpoint()
+        frames = sum(opened.num_frames(replica) for replica in opened.replicas)
+    stopped = {str(r.index): str(checkpoint[f"{r.index:04d}"]["stopped"]) for r in replicas}
+    return {"frames": frames, "stopped": {index: cause for index, cause in stopped.items() if cause}}

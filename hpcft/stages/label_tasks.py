@@ -1,0 +1,94 @@
+"""Sharded reference calculations: what the stages label and reference have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ase import Atoms
+
+from hpcft.errors import CampaignStopped
+from hpcft.labelling.item import Item, item_key
+from hpcft.labelling.reference import Reference
+from hpcft.labelling.shard import finish_shard
+from hpcft.labelling.store import LabelStore
+from hpcft.labelling.worker import label_items
+from hpcft.stages.context import StageContext, TaskContext
+from hpcft.storage.structures import count_structures, read_structures
+
+
+def shards(num_frames: int, num_relaxations: int, count: int) -> list[dict[str, Any]]:
+    """Payloads that deal frames and relaxations out in turn; at least one task, so that the stage has a result."""
+    tasks = max(1, min(count, num_frames + num_relaxations))
+    return [
+        {
+            "frames": list(range(task, num_frames, tasks)),
+            "relaxations": list(range(tasks - 1 - task, num_relaxations, tasks)),
+        }
+        for task in range(tasks)
+    ]
+
+
+def count_relaxations(context: StageContext, which: str) -> int:
+    path = context.folder.inputs / f"relaxations-{which}.h5"
+    return count_structures(path) if path.exists() else 0
+
+
+def reference_of(context: StageContext) -> Reference:
+    wish = context.campaign.reference
+    return Reference(wish.calculator, wish.arguments, wish.elements, wish.time_limit_s)
+
+
+def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str) -> dict[str, Any]:
+    """Label what is still missing of one shard. A label found in this campaign's earlier rounds is not paid for again."""
+    context = task.context
+    items = [Item.single_point(frames[number]) for number in task.payload["frames"]]
+    if task.payload["relaxations"]:
+        settings = context.campaign.relaxations
+        path = context.folder.inputs / f"relaxations-{which_relaxations}.h5"
+        starts = read_structures(path, task.payload["relaxations"])
+        items += [
+            Item.relaxation(_free(atoms), fmax=settings.fmax, max_steps=settings.max_steps) for atoms in starts
+        ]
+    reference = reference_of(context)
+    store = LabelStore(context.folder.labels)
+    known = store.find([item_key(item, reference) for item in items])
+    start = time.monotonic()
+    summary = label_items(items, reference, task.path, known=known, attempt=task.attempt)
+    finish_shard(task.path, {"campaign": context.campaign.name, "reference": reference.calculator})
+    store.register(task.path)
+    return {
+        "items": summary.num_items,
+        "done": summary.num_done,
+        "failed": summary.num_failed,
+        "causes": dict(summary.causes),
+        "wall_s": time.monotonic() - start,
+    }
+
+
+def _free(atoms: Atoms) -> Atoms:
+    free = atoms.copy()
+    free.set_constraint()
+    return free
+
+
+def collect_shards(context: StageContext) -> dict[str, Any]:
+    """Counts over all shards; stops the campaign when more than the tolerated share failed."""
+    results = context.results()
+    causes: dict[str, int] = {}
+    for result in results:
+        for cause, count in result["causes"].items():
+            causes[cause] = causes.get(cause, 0) + count
+    items, failed = (sum(result[key] for result in results) for key in ("items", "failed"))
+    tolerated = context.campaign.label.tolerated_failures
+    if items and failed / items > tolerated:
+        raise CampaignStopped(
+            f"{failed} of {items} reference calculations of round {context.round}, stage {context.stage} failed "
+            f"({', '.join(f'{n} x {cause}' for cause, n in sorted(causes.items()))}), more than "
+            f"label.tolerated_failures = {tolerated:g} allows. Each cause is in failures.json of its task, under "
+            f"{context.here.path}."
+        )
+    done = sum(result["done"] for result in results)
+    relaxations = sum(len(payload["relaxations"]) for payload in context.plan())
+    return {"items": items, "done": done, "failed": failed, "causes": causes, "relaxations": relaxations}

@@ -1,0 +1,55 @@
+"""What label and reference have produced, for the stages that need it. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ase import Atoms
+
+from hpcft.labelling.journal import Record
+from hpcft.labelling.label import Label, Relaxation
+from hpcft.labelling.shard import read_shard
+from hpcft.stages.context import StageContext
+
+Pair = tuple[Atoms, Atoms]
+
+
+def _records(context: StageContext, stage: str, round_: int) -> Iterator[tuple[str, int, Record]]:
+    """(kind, number within that kind, record) of everything a label stage has finished."""
+    for payload, task in zip(context.plan(stage, round_), context.tasks_of(stage, round_), strict=True):
+        numbers = [("frame", i) for i in payload["frames"]] + [("relaxation", i) for i in payload["relaxations"]]
+        for record in read_shard(task.path):
+            kind, number = numbers[record.index]
+            yield kind, number, record
+
+
+def label_outcomes(context: StageContext, stage: str, round_: int | None = None) -> dict[int, Atoms]:
+    """The labelled structures (REF_energy, REF_forces, REF_stress) by their number; failed ones are missing."""
+    found = {}
+    for kind, number, record in _records(context, stage, context.round if round_ is None else round_):
+        if kind == "frame" and isinstance(record.result, Label) and record.atoms is not None:
+            atoms = record.atoms.copy()
+            atoms.info["REF_energy"] = record.result.energy
+            atoms.arrays["REF_forces"] = record.result.forces_n3
+            if record.result.stress_6 is not None:
+                atoms.info["REF_stress"] = record.result.stress_6
+            found[number] = atoms
+    return dict(sorted(found.items()))
+
+
+def training_labels(context: StageContext) -> list[Atoms]:
+    """Every label of this round and those before it that was paid for to train on."""
+    found: list[Atoms] = []
+    for round_ in range(1, context.round + 1):
+        found += label_outcomes(context, "label", round_).values()
+    return found
+
+
+def relaxation_pairs_by_index(context: StageContext, stage: str, round_: int) -> dict[int, Pair]:
+    """Start and converged end of each reference relaxation; one that did not converge is never a target."""
+    found = {}
+    for kind, number, record in _records(context, stage, round_):
+        result = record.result
+        if kind == "relaxation" and isinstance(result, Relaxation) and result.converged:
+            found[number] = (result.start, result.relaxed)
+    return dict(sorted(found.items()))

@@ -1,0 +1,128 @@
+"""Probe: the new model's own MD and relaxations, on which its bias is measured; nothing here is trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from hpcft.config.campaign import Campaign
+from hpcft.stages.context import StageContext, TaskContext
+from hpcft.stages.sharing import share_out
+from hpcft.storage.structures import count_structures, read_structures, write_structures
+from hpcft.storage.trajectory import Trajectory
+
+
+def ranks(campaign: Campaign) -> int:
+    return 1
+
+
+def plan(context: StageContext) -> list[dict[str, Any]]:
+    """Replicas and test relaxations, both spread over the tasks."""
+    count = count_structures(context.folder.inputs / "structures.h5")
+    tasks = share_out(count, context.campaign.probe.tasks)
+    tests = np.arange(_num_test_relaxations(context))
+    for number, task in enumerate(tasks):
+        task["relaxations"] = [int(i) for i in tests[number :: len(tasks)]]
+    return tasks
+
+
+def _num_test_relaxations(context: StageContext) -> int:
+    if context.campaign.relaxations.test is None:
+        return 0
+    return count_structures(context.folder.inputs / "relaxations-test.h5")
+
+
+def run(task: TaskContext) -> dict[str, Any]:
+    import torch
+
+    from hpcft.md import thermal_velocities
+    from hpcft.md.engine import Replica
+    from hpcft.models.files import load_model
+    from hpcft.models.protocol import as_module
+    from hpcft.stages.dynamics import Run, langevin_of, run_dynamics
+    from hpcft.training.distributed import choose_device
+
+    context, probe = task.context, task.context.campaign.probe
+    temperature = context.campaign.probe_temperature_K
+    model = context.model(context.round)
+    potential = load_model(model, dtype=torch.float32, device=choose_device(task.rank, context.device))
+    as_module(potential).requires_grad_(False)
+    indices = task.payload["replicas"]
+    structures = read_structures(context.folder.inputs / "structures.h5", indices)
+    replicas = []
+    for index, atoms in zip(indices, structures, strict=True):
+        random = np.random.default_rng(context.entropy("probe", context.round, index))
+        replicas.append(Replica(index, atoms, thermal_velocities(atoms, temperature, random), random))
+    summary = run_dynamics(
+        task, potential, replicas, langevin_of(context, temperature), _stretch(context), model
+    )
+    if not (task.path / "frames.h5").exists():
+        frames = _frames(task.path / "trajectory.h5", probe.frames, probe.discard)
+        write_structures(task.path / "frames.h5", frames)
+    if not (task.path / "relaxed.h5").exists():
+        write_structures(task.path / "relaxed.h5", _relax(task, potential))
+    return {**summary, "to_label": count_structures(task.path / "frames.h5")}
+
+
+def _stretch(context: StageContext) -> Any:
+    """Frames often enough that a replica which soon explodes still leaves some to judge."""
+    from hpcft.stages.dynamics import Run
+
+    probe, explore = context.campaign.probe, context.campaign.explore
+    return Run(probe.steps, min(probe.frame_every, explore.frame_every), explore.segment_frames)
+
+
+def _frames(trajectory: Path, count: int, discard: float) -> list[Atoms]:
+    """Of each replica `count` frames, evenly spread over the last part of what it ran before it stopped."""
+    found = []
+    with Trajectory(trajectory) as opened:
+        for replica in opened.replicas:
+            available = opened.num_frames(replica)
+            first = min(int(np.ceil(discard * available)), max(available - count, 0))
+            chosen = np.unique(np.linspace(first, available - 1, min(count, available - first)).round().astype(int))
+            for index in chosen if available else []:
+                frame = opened.frame(replica, int(index))
+                forces = opened.array(replica, "forces")[int(index)]
+                atoms = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.pbc)
+                atoms.arrays["model_forces"] = np.asarray(forces, dtype=float)
+                atoms.info = {
+                    "replica": replica,
+                    "step": int(frame.info["step"]),
+                    "model_energy": float(frame.info["potential_energy"]),
+                }
+                found.append(atoms)
+    return found
+
+
+def _relax(task: TaskContext, potential: Any) -> list[Atoms]:
+    """The test cells relaxed by the model, to be compared with the reference's own relaxations of them."""
+    from hpcft.relaxation import relax
+
+    indices = task.payload["relaxations"]
+    if not indices:
+        return []
+    settings = task.context.campaign.relaxations
+    starts = read_structures(task.context.folder.inputs / "relaxations-test.h5", indices)
+    relaxed = relax(potential, starts, fmax=settings.fmax, max_steps=settings.max_steps)
+    found = []
+    for index, end in zip(indices, relaxed, strict=True):
+        atoms = Atoms(end.atoms.numbers, end.atoms.positions, cell=end.atoms.cell, pbc=end.atoms.pbc)
+        atoms.info = {
+            "relaxation": index,
+            "model_energy": end.energy,
+            "converged": int(end.converged),
+            "steps": end.num_steps,
+        }
+        found.append(atoms)
+    return found
+
+
+def collect(context: StageContext) -> dict[str, Any]:
+    results = context.results()
+    stopped: dict[str, str] = {}
+    for result in results:
+        stopped |= result["stopped"]
+    return {"frames": sum(result["to_label"] for result in results), "stopped": stopped}

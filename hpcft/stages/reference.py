@@ -1,0 +1,29 @@
+"""Reference: labels of the probe's frames, to judge the model by; in round 0 the test relaxations, once for all rounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpcft.config.campaign import Campaign
+from hpcft.stages.context import StageContext, TaskContext
+from hpcft.stages.label_tasks import collect_shards, count_relaxations, run_shard, shards
+from hpcft.stages.sharing import probe_frames
+from hpcft.storage.structures import count_structures
+
+
+def ranks(campaign: Campaign) -> int:
+    return 1
+
+
+def plan(context: StageContext) -> list[dict[str, Any]]:
+    frames = sum(count_structures(task.path / "frames.h5") for task in context.tasks_of("probe"))
+    relaxations = count_relaxations(context, "test") if context.round == 0 else 0
+    return shards(frames, relaxations, context.campaign.label.shards)
+
+
+def run(task: TaskContext) -> dict[str, Any]:
+    return run_shard(task, probe_frames(task.context), "test")
+
+
+def collect(context: StageContext) -> dict[str, Any]:
+    return collect_shards(context)

@@ -1,0 +1,144 @@
+"""Durable writes: they survive a crash, and a kill leaves the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hpcft.errors import UserError
+
+TEMPORARY_PREFIX = ".tmp-"
+
+# What file systems without hard links, or without fsync on a folder, answer.
+_UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name that nobody else uses, in the folder of `path`; hidden, and recognisable as a leftover."""
+    return path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}-{path.name[:100]}")
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Delete what killed writers left in `folder`; for its sole writer, as a live one's file would go too."""
+    leftovers = sorted(folder.glob(f"{TEMPORARY_PREFIX}*"))
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
+    return leftovers
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step."""
+    temporary = temporary_beside(path)
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` (UTF-8) in one step."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Replace `path` by `obj` as JSON with sorted keys in one step."""
+    write_bytes(path, _as_json(obj))
+
+
+def create_json_once(path: Path, obj: Any) -> bool:
+    """Write `obj` as JSON unless `path` exists; of many writers exactly one, whose file it is, gets True."""
+    temporary = temporary_beside(path)
+    try:
+        with temporary.open("xb") as file:
+            file.write(_as_json(obj))
+        return publish_once(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; UserError if it is damaged, FileNotFoundError if there is none."""
+    data = path.read_bytes()
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        what = f"is not valid JSON ({error})" if data.strip() else "is empty"
+        raise UserError(
+            f"{path} {what}, so it was damaged or edited by hand; hpcft replaces such files in one step. "
+            "Restore it from a backup, or delete it to have the work behind it done again."
+        ) from error
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Make a finished temporary file the durable content of `final`, in place of what was there."""
+    _sync(temporary)
+    temporary.replace(final)
+    _sync_folder(final.parent)
+
+
+def publish_once(temporary: Path, final: Path) -> bool:
+    """As `publish`, but False, with `final` left alone, if it exists already. Always removes `temporary`."""
+    try:
+        _sync(temporary)
+        published = _link(temporary, final)
+        _sync_folder(final.parent)  # also when another published: it may have died before it came to this
+        return published
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _as_json(obj: Any) -> bytes:
+    return (json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _link(temporary: Path, final: Path) -> bool:
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        # NFS repeats a request whose answer was lost; the second try then meets our own link.
+        return final.exists() and temporary.samefile(final)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return _copy_exclusively(temporary, final)
+    return True
+
+
+def _copy_exclusively(temporary: Path, final: Path) -> bool:
+    """For file systems without hard links. A kill in mid-copy leaves a torn `final`: readers check it."""
+    try:
+        target = final.open("xb")
+    except FileExistsError:
+        return False
+    try:
+        with target, temporary.open("rb") as source:
+            shutil.copyfileobj(source, target)
+            target.flush()
+            os.fsync(target.fileno())
+    except BaseException:
+        final.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        _sync(folder)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise

@@ -1,0 +1,74 @@
+"""Extended XYZ with every digit: ASE's own writer keeps eight decimals, which loses small forces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.constraints import FixAtoms
+from ase.io.extxyz import key_val_dict_to_str
+from numpy.typing import NDArray
+
+from hpcft.errors import UserError
+from hpcft.storage.atomic import write_text
+
+# By kind of dtype: the letter of the format, and how to write one value.
+_TYPES = {
+    "f": ("R", "{:.17g}"),
+    "i": ("I", "{:d}"),
+    "u": ("I", "{:d}"),
+    "b": ("L", "{!s:.1}"),
+    "U": ("S", "{}"),
+    "O": ("S", "{}"),
+}
+
+
+def write_extxyz(path: Path, atoms_list: Sequence[Atoms]) -> None:
+    """Write structures for people and other programs, floats exact; results of a calculator are left out.
+
+    ASE's reader moves `energy`, `forces` and `stress` into a calculator, so labels must be named REF_energy,
+    REF_forces and REF_stress.
+    """
+    write_text(path, "".join(_format(atoms, f"frame {index}") for index, atoms in enumerate(atoms_list)))
+
+
+def fixed_mask(atoms: Atoms, which: str) -> NDArray[np.bool_]:
+    """The atoms that ASE's FixAtoms holds; UserError, naming `which` structure, for any other constraint."""
+    mask = np.zeros(len(atoms), dtype=bool)
+    for constraint in atoms.constraints:
+        if not isinstance(constraint, FixAtoms):
+            raise UserError(
+                f"{which} has a constraint {type(constraint).__name__}, but only FixAtoms can be stored; "
+                "remove it, or use FixAtoms."
+            )
+        mask[constraint.index] = True
+    return mask
+
+
+def _format(atoms: Atoms, which: str) -> str:
+    columns: dict[str, Any] = {
+        "species": np.array(atoms.get_chemical_symbols(), dtype=str),
+        "pos": atoms.positions,
+    }
+    columns |= {name: values for name, values in atoms.arrays.items() if name not in ("numbers", "positions")}
+    if (fixed := fixed_mask(atoms, which)).any():
+        columns["move_mask"] = ~fixed
+    properties: list[str] = []
+    formats: list[str] = []
+    cells: list[list[Any]] = []
+    for name, values in columns.items():
+        rows = values.reshape(len(values), math.prod(values.shape[1:]))
+        letter, form = _TYPES[values.dtype.kind]
+        properties.append(f"{name}:{letter}:{rows.shape[1]}")
+        formats += [form] * rows.shape[1]
+        cells += rows.T.tolist()
+    header = {"Properties": ":".join(properties), **atoms.info, "pbc": atoms.pbc}
+    if atoms.cell.any():
+        header = {"Lattice": " ".join(map(repr, atoms.cell.array.ravel().tolist())), **header}
+    line = " ".join(formats)
+    body = "".join(line.format(*row) + "\n" for row in zip(*cells, strict=True))
+    return f"{len(atoms)}\n{key_val_dict_to_str(header)}\n{body}"

@@ -1,0 +1,87 @@
+"""Segments: all replicas' frames between two checkpoints, and the checkpoint to go on from, in one HDF5 file.
+
+A segment appears under its name complete and sealed, or not at all, and never changes again. What stands in a folder
+as segment 0, 1, ... without a gap and with seals unbroken is the committed prefix of the trajectory.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpcft.storage.frames import FrameBlock
+from hpcft.storage.hdf5 import open_file, write_file
+from hpcft.storage.seal import DamagedFile, check_seal
+from hpcft.storage.tree import read_tree, write_tree
+
+_SEGMENT_NAME = re.compile(r"segment-(\d{4,})\.h5")
+
+
+def segment_path(folder: Path, number: int) -> Path:
+    """Where segment `number` (from 0) belongs."""
+    return folder / f"segment-{number:04d}.h5"
+
+
+def write_segment(path: Path, blocks: Sequence[FrameBlock], checkpoint: Mapping[str, Any]) -> bool:
+    """Commit new frames and the checkpoint after them; False, with nothing changed, if `path` exists already.
+
+    The checkpoint may nest dictionaries of arrays, numbers, strings and what JSON takes. Raises OSError on a full
+    disk.
+    """
+    replicas = [block.replica for block in blocks]
+    if len(set(replicas)) != len(replicas):
+        raise ValueError(
+            f"{path.name} would get two blocks of one replica; join the frames of each of {replicas}"
+        )
+
+    def fill(file: Any) -> None:
+        group = file.create_group("replicas")
+        for block in blocks:
+            tree = {"static": block.static(), "frames": block.per_frame(), "observables": block.observables}
+            write_tree(group.create_group(f"{block.replica:04d}"), tree)
+        write_tree(file.create_group("checkpoint"), checkpoint)
+
+    return write_file(path, "segment", fill, once=True)
+
+
+def read_segment(path: Path, *, frames: bool = True) -> tuple[list[FrameBlock], dict[str, Any]]:
+    """The blocks by rising replica (none with `frames=False`), and the checkpoint; DamagedFile if the seal is broken."""
+    with open_file(path, "segment", verify=True) as file:
+        checkpoint = read_tree(file["checkpoint"])
+        stored = read_tree(file["replicas"]) if frames else {}
+    blocks = [
+        FrameBlock(replica=int(name), **tree["static"], **tree["frames"], observables=tree["observables"])
+        for name, tree in stored.items()
+    ]
+    return sorted(blocks, key=lambda block: block.replica), checkpoint
+
+
+def list_segments(folder: Path) -> list[Path]:
+    """The committed prefix: segments 0, 1, ... before the first that is missing or damaged; reads all of them."""
+    prefix: list[Path] = []
+    while (path := segment_path(folder, len(prefix))).is_file() and _is_intact(path):
+        prefix.append(path)
+    return prefix
+
+
+def set_aside_uncommitted(folder: Path) -> list[Path]:
+    """Rename segments outside the committed prefix, so that a resumed run can write their numbers again.
+
+    For the sole writer of `folder`. Returns the new names, `segment-0007.h5.set-aside-<token>`.
+    """
+    committed = set(list_segments(folder))
+    set_aside = []
+    for path in sorted(folder.iterdir()):
+        if _SEGMENT_NAME.fullmatch(path.name) and path not in committed:
+            set_aside.append(path.rename(path.with_name(f"{path.name}.set-aside-{secrets.token_hex(4)}")))
+    return set_aside
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        return check_seal(path).kind == "segment"
+    except DamagedFile:
+        return False

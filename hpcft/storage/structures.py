@@ -1,0 +1,176 @@
+"""Lists of structures of any sizes in one HDF5 file, exact to the last bit; and reading what else ASE reads.
+
+    offsets (S+1,), cell (S,3,3), pbc (S,3)     S structures
+    numbers (N,), positions (N,3)               N atoms in all
+    info/<key> (S,...)      numbers or strings per structure: REF_energy, REF_stress (6, Voigt), ...
+    arrays/<key> (N,...)    numbers or strings per atom: REF_forces, momenta, fixed (ASE's FixAtoms), ...
+    missing/<key> (M,)      indices of the structures without this string
+
+Results of a calculator are not stored: a label is what stands under REF_*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+from ase import Atoms
+from ase.constraints import FixAtoms
+
+from hpcft.errors import UserError
+from hpcft.storage.extxyz import write_extxyz
+from hpcft.storage.hdf5 import open_file, write_file
+from hpcft.storage.packing import FIXED, concatenate, pack_arrays, pack_info
+from hpcft.storage.tree import (
+    Array,
+    decode_name,
+    encode_name,
+    holds_text,
+    read_attributes,
+    write_array,
+    write_attributes,
+)
+
+__all__ = [
+    "count_structures",
+    "read_any",
+    "read_provenance",
+    "read_structures",
+    "write_extxyz",
+    "write_structures",
+]
+
+
+def write_structures(
+    path: Path, atoms_list: Sequence[Atoms], attributes: Mapping[str, Any] | None = None
+) -> None:
+    """Write structures, and `attributes` as their provenance, in one step.
+
+    Raises UserError unless all have the same keys in `info` and `arrays`, of the same shape; only a string in
+    `info` may be missing.
+    """
+    info, missing = pack_info(atoms_list)
+    arrays = pack_arrays(atoms_list)
+    offsets = np.cumsum([0, *(len(atoms) for atoms in atoms_list)], dtype=np.int64)
+    numbers = concatenate([atoms.numbers for atoms in atoms_list], (), int)
+    positions = concatenate([atoms.positions for atoms in atoms_list], (3,), float)
+    cell = concatenate([atoms.cell.array[None] for atoms in atoms_list], (3, 3), float)
+    pbc = concatenate([atoms.pbc[None] for atoms in atoms_list], (3,), bool)
+
+    def fill(file: Any) -> None:
+        write_array(file, "numbers", numbers)
+        write_array(file, "positions", positions, unit="Angstrom")
+        write_array(file, "offsets", offsets)
+        write_array(file, "cell", cell, unit="Angstrom")
+        write_array(file, "pbc", pbc)
+        for group, columns in {"info": info, "arrays": arrays, "missing": missing}.items():
+            target = file.create_group(group)
+            for key, values in columns.items():
+                write_array(target, encode_name(key), values)
+        write_attributes(file.create_group("provenance"), attributes or {})
+
+    write_file(path, "structures", fill)
+
+
+def read_structures(path: Path, indices: slice | Sequence[int] | None = None) -> list[Atoms]:
+    """All structures, or those of a slice or a list of indices (negative from the end)."""
+    with open_file(path, "structures", verify=indices is None) as file:
+        offsets = file["offsets"][()].tolist()
+        wanted = _resolve(indices, len(offsets) - 1, path)
+        if not wanted:
+            return []
+        start, stop = min(wanted), max(wanted) + 1
+
+        def read(nodes: Any, first: int, last: int) -> dict[str, Array]:
+            rows = {
+                decode_name(name): node[first:last] for name, node in nodes.items() if not holds_text(node)
+            }
+            texts = {
+                decode_name(name): node.asstr()[first:last]
+                for name, node in nodes.items()
+                if holds_text(node)
+            }
+            return rows | {key: values.astype(str) for key, values in texts.items()}
+
+        per_structure = read({name: file[name] for name in ("cell", "pbc")}, start, stop)
+        info = read(file["info"], start, stop)
+        nodes = {**file["arrays"], "numbers": file["numbers"], "positions": file["positions"]}
+        per_atom = read(nodes, offsets[start], offsets[stop])
+        missing = {decode_name(name): set(node[()].tolist()) for name, node in file["missing"].items()}
+
+    structures = []
+    for index in wanted:
+        rows = slice(offsets[index] - offsets[start], offsets[index + 1] - offsets[start])
+        own_info = {
+            key: values[index - start] for key, values in info.items() if index not in missing.get(key, ())
+        }
+        own_cell = {key: values[index - start] for key, values in per_structure.items()}
+        structures.append(_build(own_cell, {key: values[rows] for key, values in per_atom.items()}, own_info))
+    return structures
+
+
+def count_structures(path: Path) -> int:
+    """Number of structures in a file of `write_structures`."""
+    with open_file(path, "structures") as file:
+        return len(file["offsets"]) - 1
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """The attributes that were given to `write_structures`."""
+    with open_file(path, "structures") as file:
+        return read_attributes(file["provenance"])
+
+
+def read_any(path: Path) -> list[Atoms]:
+    """All structures of a file, at least one: our own HDF5 (`.h5`, `.hdf5`) or any format that ASE knows.
+
+    Raises UserError if it is missing, empty or unreadable.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is no file; check the name.")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty; give a file with at least one structure.")
+    if path.suffix in (".h5", ".hdf5"):
+        structures = read_structures(path)
+    else:
+        structures = _read_by_ase(path)
+    if not structures:
+        raise UserError(f"{path} holds no structure; give a file with at least one.")
+    return structures
+
+
+def _read_by_ase(path: Path) -> list[Atoms]:
+    try:
+        return list(ase.io.read(path, ":"))
+    except Exception as error:  # each of ASE's many readers fails in its own way
+        cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} cannot be read by ASE ({cause}). Check that the suffix fits the content; extended XYZ "
+            "(.extxyz) is the safest format."
+        ) from error
+
+
+def _resolve(indices: slice | Sequence[int] | None, count: int, path: Path) -> list[int]:
+    if indices is None:
+        return list(range(count))
+    if isinstance(indices, slice):
+        return list(range(*indices.indices(count)))
+    for index in indices:
+        if not -count <= index < count:
+            raise UserError(f"{path} holds {count} structures, so there is no structure {index}.")
+    return [int(index) % count for index in indices]
+
+
+def _build(per_structure: dict[str, Any], per_atom: dict[str, Array], info: dict[str, Any]) -> Atoms:
+    atoms = Atoms(per_atom.pop("numbers"), per_atom.pop("positions"), **per_structure)
+    fixed = per_atom.pop(FIXED, None)
+    for key, values in per_atom.items():
+        atoms.set_array(key, values)  # copies; not set_momenta, which would zero those of fixed atoms
+    for key, value in info.items():
+        atoms.info[key] = value.item() if np.ndim(value) == 0 else value.copy()
+    if fixed is not None and fixed.any():
+        atoms.set_constraint(FixAtoms(mask=fixed))
+    return atoms

@@ -1,0 +1,1 @@
+"""DDP fine-tuning on energies, forces, stress and relaxed structures."""

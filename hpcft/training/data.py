@@ -1,0 +1,115 @@
+"""Labelled structures as training samples, and the order in which they are drawn.
+
+Shape suffixes: n atoms of the whole batch, b structures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.stress import voigt_6_to_full_3x3_stress
+from torch import Tensor
+
+from hpcft.errors import UserError
+from hpcft.models.graph import Graph, build_graph, concatenate
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Reference values of a batch: energies [b] eV, forces [n, 3] eV/Å, stress [b, 3, 3] eV/Å^3.
+
+    `stress_known_b` is 1 where the reference gave a stress, else 0 (and the stress is zero).
+    """
+
+    energies_b: Tensor
+    forces_n3: Tensor
+    stress_b33: Tensor
+    stress_known_b: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    graph: Graph
+    labels: Labels
+
+
+class LabelledSet:
+    """Structures with REF_energy, REF_forces and (where present) REF_stress; graphs are built once and kept."""
+
+    def __init__(self, structures: Sequence[Atoms], cutoff: float, dtype: torch.dtype, origin: str = "data") -> None:
+        self._structures = list(structures)
+        self._cutoff, self._dtype = cutoff, dtype
+        self._graphs: dict[int, Graph] = {}
+        for index, atoms in enumerate(self._structures):
+            if "REF_energy" not in atoms.info or "REF_forces" not in atoms.arrays:
+                raise UserError(
+                    f"structure {index} of {origin} has no REF_energy or no REF_forces, so there is nothing to train "
+                    "on. (ASE strips the plain keys 'energy' and 'forces' when it reads extxyz: write REF_*.)"
+                )
+
+    def __len__(self) -> int:
+        return len(self._structures)
+
+    @property
+    def structures(self) -> list[Atoms]:
+        return self._structures
+
+    def num_atoms(self, indices: Sequence[int]) -> int:
+        return sum(len(self._structures[i]) for i in indices)
+
+    def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
+        graphs = [self._graph(i) for i in indices]
+        chosen = [self._structures[i] for i in indices]
+        stress = np.zeros((len(chosen), 3, 3))
+        known = np.zeros(len(chosen))
+        for row, atoms in enumerate(chosen):
+            if "REF_stress" in atoms.info and np.isfinite(atoms.info["REF_stress"]).all():
+                stress[row] = voigt_6_to_full_3x3_stress(np.asarray(atoms.info["REF_stress"]).ravel())
+                known[row] = 1.0
+
+        def tensor(values: object) -> Tensor:
+            return torch.as_tensor(np.asarray(values), dtype=self._dtype, device=device)
+
+        labels = Labels(
+            energies_b=tensor([float(a.info["REF_energy"]) for a in chosen]),
+            forces_n3=tensor(np.concatenate([a.arrays["REF_forces"] for a in chosen])),
+            stress_b33=tensor(stress),
+            stress_known_b=tensor(known),
+        )
+        return Batch(concatenate(graphs).to(device), labels)
+
+    def _graph(self, index: int) -> Graph:
+        if index not in self._graphs:
+            self._graphs[index] = build_graph([self._structures[index]], self._cutoff, dtype=self._dtype)
+        return self._graphs[index]
+
+
+@dataclass(frozen=True)
+class RelaxationPair:
+    """Where a relaxation starts and where the reference ends it, with the same atoms in the same order."""
+
+    start: Atoms
+    relaxed: Atoms
+
+
+def draw(num_items: int, batch_size: int, step: int, seed: Sequence[int]) -> list[int]:
+    """Indices of global batch `step` from an endless stream of shuffled passes; needs no state to resume.
+
+    The same for every number of ranks. `seed` is a SeedSequence entropy that names the stream.
+    """
+    first = step * batch_size
+    indices = []
+    for position in range(first, first + batch_size):
+        number, offset = divmod(position, num_items)
+        order = np.random.default_rng([*seed, number]).permutation(num_items)
+        indices.append(int(order[offset]))
+    return indices
+
+
+def share(indices: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """The part of a global batch that `rank` computes."""
+    return list(indices[rank::world_size])

@@ -1,0 +1,123 @@
+"""Reference calculators that misbehave on purpose, and write down each calculation that they finish."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+from ase.calculators.calculator import all_changes
+from ase.calculators.emt import EMT
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep(3600)"]
+
+
+class CountingEMT(EMT):
+    """EMT that appends the energy of each finished calculation to the file `calls`, or $HPCFT_TEST_CALLS."""
+
+    def __init__(self, calls: str | None = None) -> None:
+        super().__init__()
+        self.calls = calls or os.environ["HPCFT_TEST_CALLS"]
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        assert atoms is not None
+        self.before(atoms)
+        super().calculate(atoms, properties, system_changes)
+        append_line(self.calls, repr(self.results["energy"]))
+
+    def before(self, atoms: Atoms) -> None:
+        """What happens before the calculation."""
+
+
+class SlowEMT(CountingEMT):
+    """Takes a little longer, so that a kill can hit it."""
+
+    def before(self, atoms: Atoms) -> None:
+        time.sleep(0.02)
+
+
+class HangingEMT(CountingEMT):
+    """Hangs on structures with gold, after it started processes: one in its session and one that left it."""
+
+    def __init__(self, calls: str, pids: str) -> None:
+        super().__init__(calls)
+        self.pids = pids
+
+    def before(self, atoms: Atoms) -> None:
+        if "Au" in atoms.get_chemical_symbols():
+            print("now I hang", flush=True)
+            child = subprocess.Popen(SLEEP)
+            escaped = subprocess.Popen(SLEEP, start_new_session=True)
+            forked = os.fork()  # holds all pipes of its parent open
+            if forked == 0:
+                time.sleep(3600)
+            for pid in (os.getpid(), child.pid, escaped.pid, forked):
+                append_line(self.pids, str(pid))
+            time.sleep(3600)
+
+
+class DyingEMT(CountingEMT):
+    """Dies on gold by a signal, leaves on silver by exit, and lets a forked process live on."""
+
+    def __init__(self, calls: str, pids: str, signal_name: str = "SIGSEGV") -> None:
+        super().__init__(calls)
+        self.pids = pids
+        self.number = signal.Signals[signal_name]
+
+    def before(self, atoms: Atoms) -> None:
+        symbols = set(atoms.get_chemical_symbols())
+        if symbols & {"Au", "Ag"}:
+            print("last words", flush=True)
+            forked = os.fork()
+            if forked == 0:
+                time.sleep(3600)
+            append_line(self.pids, str(forked))
+        if "Au" in symbols:
+            os.kill(os.getpid(), self.number)
+        if "Ag" in symbols:
+            os._exit(7)
+
+
+class TerminatedOnceEMT(CountingEMT):
+    """Is ended by SIGTERM the first time, as by a scheduler that preempts the job."""
+
+    def before(self, atoms: Atoms) -> None:
+        if not Path(self.calls).exists():
+            append_line(self.calls, "terminated")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class ChattyEMT(CountingEMT):
+    """Prints without bound, then raises."""
+
+    def before(self, atoms: Atoms) -> None:
+        for number in range(20_000):
+            print(f"line {number} of very much output")
+        raise RuntimeError("enough of it")
+
+
+def append_line(path: str, line: str) -> None:
+    """One write call, so that lines of several processes do not mix."""
+    with Path(path).open("ab", buffering=0) as file:
+        file.write(f"{line}\n".encode())
+
+
+def lines_of(path: Path) -> list[str]:
+    """What `append_line` wrote; nothing if it never did."""
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def broken_factory(**arguments: Any) -> EMT:
+    """Rejects whatever it gets."""
+    raise ValueError(f"cannot work with {sorted(arguments)}")
