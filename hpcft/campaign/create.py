@@ -46,7 +46,10 @@ def open_or_create(campaign: Campaign, source: Path, root: Path) -> CampaignFold
 
 def _is_unfinished(folder: CampaignFolder) -> bool:
     """A creation that was killed half-way left inputs and no identity: it is done again."""
-    return all(path.name in ("inputs", "campaign.yaml") or path.name.startswith(".tmp-") for path in folder.root.iterdir())
+    return all(
+        path.name in ("inputs", "campaign.yaml") or path.name.startswith(".tmp-")
+        for path in folder.root.iterdir()
+    )
 
 
 def _refuse_other_campaign(folder: CampaignFolder, campaign: Campaign, source: Path) -> None:

@@ -119,7 +119,11 @@ def _is_given_up(stage: StageRecord, task: int, resumed_at: float, limits: Limit
 def _why_stopped(stage: StageRecord, tasks: list[int]) -> str:
     first = tasks[0]
     errors = stage.errors.get(first, ())
-    cause = errors[-1]["message"] if errors else "it ended without a result or an error (killed, or out of memory?)"
+    cause = (
+        errors[-1]["message"]
+        if errors
+        else "it ended without a result or an error (killed, or out of memory?)"
+    )
     several = f"tasks {', '.join(map(str, tasks))}" if len(tasks) > 1 else f"task {first}"
     tries = sum(1 for a in stage.attempts if first in a.tasks)
     return (

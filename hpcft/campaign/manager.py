@@ -80,7 +80,9 @@ class Manager:
 
     def _perform(self, action: Action) -> None:
         if isinstance(action, Plan | Submit | Collect) and not is_mine(self.folder.leases):
-            raise LeaseHeld("another manager has taken over this campaign; this one stops without touching it")
+            raise LeaseHeld(
+                "another manager has taken over this campaign; this one stops without touching it"
+            )
         if isinstance(action, Plan):
             self._plan(action)
         elif isinstance(action, Submit):

@@ -24,7 +24,11 @@ def describe(folder: CampaignFolder) -> dict[str, Any]:
         total = stage.num_tasks or 0
         tasks = {"total": total, "done": len(stage.done), "missing": len(stage.missing)}
         summary += f", round {stage.round} of {records.rounds}, stage {stage.name}"
-        summary += f", {len(stage.done)} of {total} tasks done" if stage.num_tasks is not None else ", not planned yet"
+        summary += (
+            f", {len(stage.done)} of {total} tasks done"
+            if stage.num_tasks is not None
+            else ", not planned yet"
+        )
         for task in stage.missing:
             for error in stage.errors.get(task, ())[-1:]:
                 problems.append(f"task {task}, attempt {error['attempt']}: {error['message']}")

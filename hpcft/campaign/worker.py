@@ -105,7 +105,8 @@ def _record_error(task: TaskFolder, attempt: int, error: BaseException) -> None:
     content = {
         "attempt": attempt,
         "message": f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error),
-        "final": isinstance(error, UserError | LabelError) or type(error).__name__ in ("CampaignStopped", "NotFinite"),
+        "final": isinstance(error, UserError | LabelError)
+        or type(error).__name__ in ("CampaignStopped", "NotFinite"),
         "traceback": traceback.format_exc()[-8000:],
         "host": platform.node(),
         "at": time.time(),

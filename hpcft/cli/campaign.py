@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 CampaignFile = Annotated[Path, typer.Argument(help="The campaign's YAML file.", show_default=False)]
 CampaignDir = Annotated[Path, typer.Argument(help="The campaign's folder, as `hpcft run` printed it.")]
 SiteFile = Annotated[
-    Path | None, typer.Option("--site", help="Site config; default: this machine (or, to resume, the last one).")
+    Path | None,
+    typer.Option("--site", help="Site config; default: this machine (or, to resume, the last one)."),
 ]
 TakeOver = Annotated[
     bool, typer.Option("--take-over", help="Take the lease from a manager on a host that is gone for good.")
@@ -30,7 +31,8 @@ def run(
     campaign_file: CampaignFile,
     site: SiteFile = None,
     directory: Annotated[
-        Path | None, typer.Option("--dir", help="Campaign folder; default: runs/NAME below the current folder.")
+        Path | None,
+        typer.Option("--dir", help="Campaign folder; default: runs/NAME below the current folder."),
     ] = None,
     take_over: TakeOver = False,
 ) -> None:

@@ -12,12 +12,21 @@ from hpcft.errors import UserError
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="Any HDF5 file of hpcft's: trajectory, structures, labels.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(help="Any HDF5 file of hpcft's: trajectory, structures, labels.", show_default=False),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")] = False,
-    datasets: Annotated[bool, typer.Option("--datasets", help="List every dataset with shape, type and unit.")] = False,
+    datasets: Annotated[
+        bool, typer.Option("--datasets", help="List every dataset with shape, type and unit.")
+    ] = False,
     replica: Annotated[int | None, typer.Option(help="Which replica --extxyz and --h5md write.")] = None,
-    extxyz: Annotated[Path | None, typer.Option(help="Write the structures (of one replica, or all) as extended XYZ.")] = None,
-    h5md: Annotated[Path | None, typer.Option(help="Write a small .h5md view of one replica, which MDAnalysis opens.")] = None,
+    extxyz: Annotated[
+        Path | None, typer.Option(help="Write the structures (of one replica, or all) as extended XYZ.")
+    ] = None,
+    h5md: Annotated[
+        Path | None, typer.Option(help="Write a small .h5md view of one replica, which MDAnalysis opens.")
+    ] = None,
 ) -> None:
     """Show what an HDF5 file holds: kind, provenance, replicas, frames, ranges; export it on request."""
     from hpcft.storage.inspection import inspect_file

@@ -12,14 +12,20 @@ from hpcft.errors import UserError
 
 app = typer.Typer(help="Foundation models: make, trust, export, describe.", no_args_is_help=True)
 
-ModelFile = Annotated[Path, typer.Argument(help="A model file: hpcft's .pt or MACE's .model.", show_default=False)]
+ModelFile = Annotated[
+    Path, typer.Argument(help="A model file: hpcft's .pt or MACE's .model.", show_default=False)
+]
 
 
 @app.command()
 def pretrain(
     recipe_file: Annotated[Path, typer.Argument(help="The recipe's YAML file.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME.pt beside the recipe.")] = None,
-    replay: Annotated[int, typer.Option(help="Training structures to keep for replay, as NAME-replay.extxyz.", min=0)] = 64,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: NAME.pt beside the recipe.")
+    ] = None,
+    replay: Annotated[
+        int, typer.Option(help="Training structures to keep for replay, as NAME-replay.extxyz.", min=0)
+    ] = 64,
 ) -> None:
     """Make a small foundation model from crystals that a cheap reference labels."""
     from hpcft.config.pretrain import load_recipe
@@ -35,10 +41,16 @@ def pretrain(
     made = make(recipe, typer.echo)
     sha256 = save_model(target, made.potential, {"recipe": recipe.name, **made.validation})
     if replay:
-        keep = np.linspace(0, len(made.training_set) - 1, min(replay, len(made.training_set))).round().astype(int)
+        keep = (
+            np.linspace(0, len(made.training_set) - 1, min(replay, len(made.training_set)))
+            .round()
+            .astype(int)
+        )
         chosen = [made.training_set[int(i)] for i in np.unique(keep)]
         write_extxyz(target.with_name(f"{target.stem}-replay.extxyz"), chosen)
-    typer.echo("on crystals it has not seen: " + ", ".join(f"{k} {v:.3g}" for k, v in made.validation.items()))
+    typer.echo(
+        "on crystals it has not seen: " + ", ".join(f"{k} {v:.3g}" for k, v in made.validation.items())
+    )
     typer.echo(f"{target} ({target.stat().st_size / 1e6:.2f} MB), SHA-256 {sha256}")
 
 
@@ -57,7 +69,9 @@ def import_(model_file: ModelFile) -> None:
 
 
 @app.command()
-def export(model_file: ModelFile, output: Annotated[Path, typer.Argument(help="The .model file to write.")]) -> None:
+def export(
+    model_file: ModelFile, output: Annotated[Path, typer.Argument(help="The .model file to write.")]
+) -> None:
     """Write an ordinary MACE file, for MACECalculator and LAMMPS."""
     from hpcft.models.files import export_mace, load_model
 

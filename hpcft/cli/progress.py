@@ -44,7 +44,9 @@ class Progress:
     def show(self, turn: Turn) -> None:
         for action in turn.actions:
             if isinstance(action, Submit) and action.attempt > 1:
-                self._print(f"round {action.round} {action.stage}: tasks {list(action.tasks)} again, attempt {action.attempt}")
+                self._print(
+                    f"round {action.round} {action.stage}: tasks {list(action.tasks)} again, attempt {action.attempt}"
+                )
             if isinstance(action, Collect):
                 self._collected(action)
             if isinstance(action, Stop):
@@ -80,6 +82,7 @@ class Progress:
 def _brief(result: RoundResult) -> str:
     digits = {"energy_bias_meV_per_atom": 1, "force_slope": 2, "force_mae_meV_per_A": 0, "delta_q": 2}
     parts = [
-        f"{label} {shown(result.metrics.get(name), digits[name])} {unit}".rstrip() for name, label, unit in METRICS
+        f"{label} {shown(result.metrics.get(name), digits[name])} {unit}".rstrip()
+        for name, label, unit in METRICS
     ]
     return ", ".join(parts)

@@ -12,7 +12,17 @@ Run = Callable[[Sequence[str]], str]
 
 # Jobs in these states are over; every other state, unknown ones included, means that the job may still run.
 _FINAL = frozenset(
-    "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY DEADLINE BOOT_FAIL REVOKED PREEMPTED".split()
+    {
+        "COMPLETED",
+        "FAILED",
+        "CANCELLED",
+        "TIMEOUT",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "DEADLINE",
+        "BOOT_FAIL",
+        "REVOKED",
+    }
 )
 
 

@@ -129,10 +129,10 @@ def check_geometry(atoms: Atoms) -> None:
         raise LabelError(
             "geometry", f"the positions or the cell of {atoms.get_chemical_formula()} hold NaN or infinity"
         )
-    if atoms.pbc.any() and atoms.cell.rank < int(atoms.pbc.sum()):
+    periodic_vectors = atoms.cell.array[atoms.pbc]
+    if len(periodic_vectors) and np.linalg.matrix_rank(periodic_vectors) < len(periodic_vectors):
         raise LabelError(
-            "geometry",
-            f"{atoms.get_chemical_formula()} is periodic along a direction whose cell vector is zero",
+            "geometry", f"the periodic cell vectors of {atoms.get_chemical_formula()} span no cell"
         )
     if (atoms.numbers < 1).any() or (atoms.numbers > 118).any():
         raise LabelError(

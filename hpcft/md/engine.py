@@ -99,9 +99,7 @@ class _Recorder:
             return np.asarray(self.rows.get(name, []), dtype=dtype).reshape(shape)
 
         fixed = {"step", "time_fs", "positions", "velocities", "forces", "cell", "energy", "temperature"}
-        observables = {
-            name: np.asarray(values) for name, values in self.rows.items() if name not in fixed
-        }
+        observables = {name: np.asarray(values) for name, values in self.rows.items() if name not in fixed}
         return FrameBlock(
             replica=replica.index,
             numbers=replica.atoms.numbers.copy(),
@@ -262,7 +260,9 @@ class _Motion:
     def nearest_r(self) -> Tensor:
         """Shortest interatomic distance (Å) of each replica; infinite where nothing is within the cutoff."""
         length_e = self.graph.vectors_e3.norm(dim=-1)
-        start = torch.full((self.graph.num_structures,), float("inf"), dtype=length_e.dtype, device=length_e.device)
+        start = torch.full(
+            (self.graph.num_structures,), float("inf"), dtype=length_e.dtype, device=length_e.device
+        )
         return start.scatter_reduce(0, self.graph.structure_n[self.graph.senders_e], length_e, "amin")
 
     def largest_force_r(self) -> Tensor:

@@ -31,7 +31,9 @@ def save_model(path: Path, potential: Potential, provenance: Mapping[str, Any] |
 
     The bytes depend on the content alone, so equal models give equal files.
     """
-    state = {name: tensor.detach().cpu().clone() for name, tensor in as_module(potential).state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().clone() for name, tensor in as_module(potential).state_dict().items()
+    }
     content = {
         "format": FORMAT,
         "architecture": potential.architecture,
@@ -100,9 +102,13 @@ def _read_without_code(path: Path) -> dict[str, Any] | None:
     except pickle.UnpicklingError:
         return None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a model file, or it is damaged: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"{path} is not a model file, or it is damaged: {str(error).splitlines()[0]}"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} holds no model: it lacks the mark '{FORMAT}'. Was it written by another program?")
+        raise UserError(
+            f"{path} holds no model: it lacks the mark '{FORMAT}'. Was it written by another program?"
+        )
     return content
 
 
@@ -117,7 +123,9 @@ def _from_content(content: dict[str, Any], path: Path) -> Potential:
 
         potential = MorsePotential(**content["configuration"]).to(dtype)
     else:
-        raise UserError(f"{path} is of architecture '{content['architecture']}', which this hpcft does not know")
+        raise UserError(
+            f"{path} is of architecture '{content['architecture']}', which this hpcft does not know"
+        )
     as_module(potential).load_state_dict(content["state"])
     return potential
 

@@ -113,9 +113,7 @@ def build_graph(
 ) -> Graph:
     """Batch `structures` with the neighbour list of `cutoff` (Å)."""
     offsets = np.concatenate([[0], np.cumsum([len(atoms) for atoms in structures])]).astype(np.int64)
-    edges = [
-        find_edges(atoms.get_positions(), atoms.cell.array, atoms.pbc, cutoff) for atoms in structures
-    ]
+    edges = [find_edges(atoms.get_positions(), atoms.cell.array, atoms.pbc, cutoff) for atoms in structures]
     senders = np.concatenate([e[0] + o for e, o in zip(edges, offsets, strict=False)])
     receivers = np.concatenate([e[1] + o for e, o in zip(edges, offsets, strict=False)])
     shifts = np.concatenate([e[2] for e in edges])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class MacePotential(torch.nn.Module):
     """A `ScaleShiftMACE` (the class of all MACE foundation models) as hpcft uses it; one head is active."""
 
     architecture = "mace"
+    _element_index: Tensor
 
     def __init__(self, model: torch.nn.Module, head: str | None = None) -> None:
         super().__init__()
@@ -48,12 +49,12 @@ class MacePotential(torch.nn.Module):
         if head is not None and head not in heads:
             raise UserError(f"the model has no head '{head}'; its heads are {', '.join(heads)}")
         self.head = heads.index(head) if head is not None else len(heads) - 1
-        numbers = [int(z) for z in model.atomic_numbers]
+        numbers = [int(z) for z in cast(Tensor, model.atomic_numbers)]
         index = torch.full((max(numbers) + 1,), -1, dtype=torch.int64)
         index[torch.tensor(numbers)] = torch.arange(len(numbers))
         self.register_buffer("_element_index", index, persistent=False)
         self._elements = tuple(numbers)
-        self._cutoff = float(model.r_max)
+        self._cutoff = float(cast(Tensor, model.r_max))
 
     @property
     def cutoff(self) -> float:
@@ -75,8 +76,9 @@ class MacePotential(torch.nn.Module):
         return features[:, self._scalar_columns()].detach()
 
     def _scalar_columns(self) -> Tensor:
-        columns, start = [], 0
-        for product in self.model.products:
+        columns: list[int] = []
+        start = 0
+        for product in cast(torch.nn.ModuleList, self.model.products):
             for multiplicity, irrep in o3.Irreps(str(product.linear.irreps_out)):
                 if irrep.l == 0:
                     columns += range(start, start + multiplicity)
@@ -94,7 +96,9 @@ class MacePotential(torch.nn.Module):
             "edge_index": torch.stack([graph.senders_e, graph.receivers_e]),
             "shifts": graph.shift_vectors_e3,
             "unit_shifts": graph.shifts_e3,
-            "node_attrs": torch.nn.functional.one_hot(index, len(self._elements)).to(graph.positions_n3.dtype),
+            "node_attrs": torch.nn.functional.one_hot(index, len(self._elements)).to(
+                graph.positions_n3.dtype
+            ),
             "head": torch.full((graph.num_structures,), self.head, device=counts.device),
         }
         output: dict[str, Tensor] = self.model(data, training=True, compute_force=False)
@@ -139,7 +143,9 @@ def build_mace(configuration: Mapping[str, Any], dtype: torch.dtype = torch.floa
         config[key] = table[config[key]]
     for key in _IRREPS:
         config[key] = None if config.get(key) is None else o3.Irreps(config[key])
-    config["gate"] = None if config["gate"] is None else getattr(torch.nn.functional, config["gate"], torch.abs)
+    config["gate"] = (
+        None if config["gate"] is None else getattr(torch.nn.functional, config["gate"], torch.abs)
+    )
     with _default_dtype(dtype), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript on e3nn's annotations, dozens of times
         for key in ("atomic_inter_scale", "atomic_inter_shift"):

@@ -22,6 +22,7 @@ class MorsePotential(torch.nn.Module):
     """
 
     architecture = "morse"
+    _element_index: Tensor
 
     def __init__(
         self,
@@ -59,9 +60,9 @@ class MorsePotential(torch.nn.Module):
     def energies(self, graph: Graph) -> Tensor:
         element_n = self._element_index[graph.numbers_n]
         atomic_n = self.atomic_energy[element_n] + self._pair_sums(graph, element_n)
-        return torch.zeros(
-            graph.num_structures, dtype=atomic_n.dtype, device=atomic_n.device
-        ).index_add(0, graph.structure_n, atomic_n)
+        return torch.zeros(graph.num_structures, dtype=atomic_n.dtype, device=atomic_n.device).index_add(
+            0, graph.structure_n, atomic_n
+        )
 
     def _pair_sums(self, graph: Graph, element_n: Tensor) -> Tensor:
         r = torch.linalg.vector_norm(graph.vectors_e3, dim=-1)

@@ -96,8 +96,6 @@ def evaluate(
 def _with_strain(graph: Graph) -> tuple[Graph, Tensor]:
     strain = torch.zeros_like(graph.cell_b33, requires_grad=True)
     symmetric = 0.5 * (strain + strain.transpose(1, 2))
-    moved = graph.positions_n3 + torch.einsum(
-        "ni,nij->nj", graph.positions_n3, symmetric[graph.structure_n]
-    )
+    moved = graph.positions_n3 + torch.einsum("ni,nij->nj", graph.positions_n3, symmetric[graph.structure_n])
     cell = graph.cell_b33 + graph.cell_b33 @ symmetric
     return replace(graph, positions_n3=moved, cell_b33=cell), strain

@@ -55,9 +55,9 @@ class _Fire:
         down = power_b > 0
         speed_b = per_structure((self.velocity_n3**2).sum(-1)).sqrt()
         norm_b = per_structure((forces_n3**2).sum(-1)).sqrt().clamp_min(1e-12)
-        mixed = (1 - self.alpha_b)[s, None] * self.velocity_n3 + (
-            self.alpha_b * speed_b / norm_b
-        )[s, None] * forces_n3
+        mixed = (1 - self.alpha_b)[s, None] * self.velocity_n3 + (self.alpha_b * speed_b / norm_b)[
+            s, None
+        ] * forces_n3
         self.velocity_n3 = torch.where(down[s, None], mixed, torch.zeros_like(mixed))
         patient = down & (self.downhill_b > _PATIENCE)
         grown = (self.timestep_b * _GROW).clamp_max(_LARGEST)
@@ -72,7 +72,8 @@ class _Fire:
         self.velocity_n3 = self.velocity_n3 + self.timestep_b[s, None] * forces_n3
         step = self.timestep_b[s, None] * self.velocity_n3
         length = step.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        return step * (_MAX_STEP / length).clamp_max(1.0)
+        limited: Tensor = step * (_MAX_STEP / length).clamp_max(1.0)
+        return limited
 
 
 def relax(
@@ -89,10 +90,18 @@ def relax(
         fire = fire or _Fire.start(graph)
         evaluation = evaluate(potential, graph)
         largest_b = _largest_force(graph, evaluation.forces_n3)
-        done = [b for b in range(len(active)) if largest_b[b] < fmax or step == max_steps or not np.isfinite(largest_b[b])]
+        done = [
+            b
+            for b in range(len(active))
+            if largest_b[b] < fmax or step == max_steps or not np.isfinite(largest_b[b])
+        ]
         for b in done:
             results[active[b]] = Relaxed(
-                current[active[b]], float(evaluation.energies_b[b]), float(largest_b[b]), step, bool(largest_b[b] < fmax)
+                current[active[b]],
+                float(evaluation.energies_b[b]),
+                float(largest_b[b]),
+                step,
+                bool(largest_b[b] < fmax),
             )
         displacement = fire.displacement(graph, evaluation.forces_n3).cpu().double().numpy()
         for b, i in enumerate(active):
@@ -116,6 +125,4 @@ def _largest_force(graph: Graph, forces_n3: Tensor) -> np.ndarray:
 def _keep(fire: _Fire, graph: Graph, keep: list[int]) -> _Fire:
     index = torch.tensor(keep, dtype=torch.int64, device=graph.structure_n.device)
     atoms = torch.isin(graph.structure_n, index)
-    return _Fire(
-        fire.velocity_n3[atoms], fire.timestep_b[index], fire.alpha_b[index], fire.downhill_b[index]
-    )
+    return _Fire(fire.velocity_n3[atoms], fire.timestep_b[index], fire.alpha_b[index], fire.downhill_b[index])

@@ -62,9 +62,7 @@ ENGINES: dict[str, Callable[[Step, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
-def unroll(
-    potential: Potential, graph: Graph, settings: MapSettings, engine: str = "checkpoint"
-) -> Tensor:
+def unroll(potential: Potential, graph: Graph, settings: MapSettings, engine: str = "checkpoint") -> Tensor:
     """Positions after `settings.steps` steps, [n, 3] Å, differentiable in the model's parameters and the start.
 
     The neighbour list is built again at every step, so that atoms may come into and leave the cutoff.

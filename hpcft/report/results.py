@@ -38,7 +38,9 @@ def read_results(folder: CampaignFolder) -> list[RoundResult]:
     results: list[RoundResult] = []
     training = judging = relaxations = failed = 0
     for round_ in range(rounds + 1):
-        products = {name: _product(folder, round_, name) for name in ("label", "probe", "reference", "evaluate")}
+        products = {
+            name: _product(folder, round_, name) for name in ("label", "probe", "reference", "evaluate")
+        }
         for name in ("label", "reference"):
             product = products[name]
             if product is None:
@@ -46,7 +48,9 @@ def read_results(folder: CampaignFolder) -> list[RoundResult]:
             failed += int(product["failed"])
             relaxations += int(product["relaxations"])
             frames = int(product["items"]) - int(product["relaxations"])
-            training, judging = (training + frames, judging) if name == "label" else (training, judging + frames)
+            training, judging = (
+                (training + frames, judging) if name == "label" else (training, judging + frames)
+            )
         evaluation, probe = products["evaluate"], products["probe"]
         if evaluation is None or probe is None:
             break

@@ -13,7 +13,11 @@ _DIGITS = {"energy_bias_meV_per_atom": 1, "force_slope": 2, "force_mae_meV_per_A
 
 def results_table(results: Sequence[RoundResult], confidence: float, title: str = "") -> Table:
     """One row per round: the four measures with their intervals, replicas that exploded, labels paid for so far."""
-    table = Table(title=title or None, caption=f"in brackets: {confidence:.0%} confidence interval", caption_justify="left")
+    table = Table(
+        title=title or None,
+        caption=f"in brackets: {confidence:.0%} confidence interval",
+        caption_justify="left",
+    )
     table.add_column("model")
     for _, label, unit in METRICS:
         table.add_column(f"{label}\n{unit}".rstrip(), justify="right")

@@ -20,14 +20,14 @@ def farthest_points(candidates: np.ndarray, count: int, known: np.ndarray | None
     `count` come back when there are not enough distinct candidates. Raises ValueError on non-finite rows.
     """
     if not np.isfinite(candidates).all():
-        raise ValueError(f"candidate {int(np.argmax(~np.isfinite(candidates).all(axis=1)))} has a non-finite descriptor")
+        raise ValueError(
+            f"candidate {int(np.argmax(~np.isfinite(candidates).all(axis=1)))} has a non-finite descriptor"
+        )
     chosen: list[int] = []
     if len(candidates) == 0:
         return chosen
     if known is not None and len(known):
-        distance = np.min(
-            [np.linalg.norm(candidates - row, axis=1) for row in known], axis=0
-        )
+        distance = np.min([np.linalg.norm(candidates - row, axis=1) for row in known], axis=0)
     else:
         distance = np.linalg.norm(candidates - candidates.mean(axis=0), axis=1)
         first = int(np.argmax(distance))

@@ -67,7 +67,9 @@ def _frame_pairs(context: StageContext) -> list[FramePair]:
 def _delta_q(context: StageContext) -> tuple[list[float], int]:
     """Delta Q of each test cell, and how many of the model's relaxations ended without convergence."""
     targets = relaxation_pairs_by_index(context, "reference", 0)
-    ends = [atoms for task in context.tasks_of("probe") for atoms in read_structures(task.path / "relaxed.h5")]
+    ends = [
+        atoms for task in context.tasks_of("probe") for atoms in read_structures(task.path / "relaxed.h5")
+    ]
     ends = [atoms for atoms in ends if int(atoms.info["relaxation"]) in targets]
     if not ends:
         return [], 0

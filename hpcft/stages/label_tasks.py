@@ -49,7 +49,8 @@ def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str
         path = context.folder.inputs / f"relaxations-{which_relaxations}.h5"
         starts = read_structures(path, task.payload["relaxations"])
         items += [
-            Item.relaxation(_free(atoms), fmax=settings.fmax, max_steps=settings.max_steps) for atoms in starts
+            Item.relaxation(_free(atoms), fmax=settings.fmax, max_steps=settings.max_steps)
+            for atoms in starts
         ]
     reference = reference_of(context)
     store = LabelStore(context.folder.labels)

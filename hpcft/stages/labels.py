@@ -17,7 +17,9 @@ Pair = tuple[Atoms, Atoms]
 def _records(context: StageContext, stage: str, round_: int) -> Iterator[tuple[str, int, Record]]:
     """(kind, number within that kind, record) of everything a label stage has finished."""
     for payload, task in zip(context.plan(stage, round_), context.tasks_of(stage, round_), strict=True):
-        numbers = [("frame", i) for i in payload["frames"]] + [("relaxation", i) for i in payload["relaxations"]]
+        numbers = [("frame", i) for i in payload["frames"]] + [
+            ("relaxation", i) for i in payload["relaxations"]
+        ]
         for record in read_shard(task.path):
             kind, number = numbers[record.index]
             yield kind, number, record

@@ -42,7 +42,7 @@ def run(task: TaskContext) -> dict[str, Any]:
     from hpcft.md.engine import Replica
     from hpcft.models.files import load_model
     from hpcft.models.protocol import as_module
-    from hpcft.stages.dynamics import Run, langevin_of, run_dynamics
+    from hpcft.stages.dynamics import langevin_of, run_dynamics
     from hpcft.training.distributed import choose_device
 
     context, probe = task.context, task.context.campaign.probe
@@ -82,7 +82,9 @@ def _frames(trajectory: Path, count: int, discard: float) -> list[Atoms]:
         for replica in opened.replicas:
             available = opened.num_frames(replica)
             first = min(int(np.ceil(discard * available)), max(available - count, 0))
-            chosen = np.unique(np.linspace(first, available - 1, min(count, available - first)).round().astype(int))
+            chosen = np.unique(
+                np.linspace(first, available - 1, min(count, available - first)).round().astype(int)
+            )
             for index in chosen if available else []:
                 frame = opened.frame(replica, int(index))
                 forces = opened.array(replica, "forces")[int(index)]

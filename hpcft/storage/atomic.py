@@ -7,6 +7,8 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step."""
     temporary = temporary_beside(path)
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
+        _fill(temporary, data, path)
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -56,8 +57,7 @@ def create_json_once(path: Path, obj: Any) -> bool:
     """Write `obj` as JSON unless `path` exists; of many writers exactly one, whose file it is, gets True."""
     temporary = temporary_beside(path)
     try:
-        with temporary.open("xb") as file:
-            file.write(_as_json(obj))
+        _fill(temporary, _as_json(obj), path)
         return publish_once(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -78,20 +78,39 @@ def read_json(path: Path) -> Any:
 
 def publish(temporary: Path, final: Path) -> None:
     """Make a finished temporary file the durable content of `final`, in place of what was there."""
-    _sync(temporary)
-    temporary.replace(final)
-    _sync_folder(final.parent)
+    with errors_naming(final):
+        _sync(temporary)
+        temporary.replace(final)
+        _sync_folder(final.parent)
 
 
 def publish_once(temporary: Path, final: Path) -> bool:
     """As `publish`, but False, with `final` left alone, if it exists already. Always removes `temporary`."""
     try:
-        _sync(temporary)
-        published = _link(temporary, final)
-        _sync_folder(final.parent)  # also when another published: it may have died before it came to this
+        with errors_naming(final):
+            _sync(temporary)
+            published = _link(temporary, final)
+            _sync_folder(final.parent)  # also when another published: it may have died before it came to this
         return published
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def errors_naming(path: Path) -> Iterator[None]:
+    """Give the OSError of a write that knows no file name, such as on a full disk, the name of its target."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        reason = f"{error.strerror}; nothing of this file was kept, older files are as they were"
+        raise OSError(error.errno, reason, str(path)) from error
+
+
+def _fill(temporary: Path, data: bytes, final: Path) -> None:
+    with errors_naming(final), temporary.open("xb") as file:
+        file.write(data)
 
 
 def _as_json(obj: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""HDF5 files of ours: written whole, sealed and published in one step; opened with errors that name the remedy."""
+"""HDF5 files of ours: written whole, sealed, published in one step; opened with errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import h5py
 
 from hpcft.errors import UserError
-from hpcft.storage.atomic import publish, publish_once, temporary_beside
+from hpcft.storage.atomic import errors_naming, publish, publish_once, temporary_beside
 from hpcft.storage.seal import SEAL_BYTES, DamagedFile, check_length, check_seal, read_seal, write_seal
 
-# Readable since HDF5 1.10; groups and chunk indices take a third of the space of the oldest format, and attributes
-# have no limit of 64 kB.
+# Readable since HDF5 1.10; groups and chunk indices take a third of the space of the oldest format, and
+# attributes have no limit of 64 kB.
 _LIBRARY_VERSIONS = ("v110", "v110")
 
 
@@ -32,26 +32,23 @@ def write_file(path: Path, kind: str, fill: Callable[[Any], None], *, once: bool
             with h5py.File(sink, "w", libver=_LIBRARY_VERSIONS, userblock_size=SEAL_BYTES) as file:
                 fill(file)
         finally:
-            sink.finish()
-        write_seal(temporary, kind)
+            with errors_naming(path):
+                sink.finish()
+        with errors_naming(path):
+            write_seal(temporary, kind)
         if once:
             return publish_once(temporary, path)
         publish(temporary, path)
         return True
-    except OSError as error:
-        if error.errno is None:
-            raise
-        reason = f"{error.strerror}; nothing of this file was kept, older files are as they were"
-        raise OSError(error.errno, reason, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def open_file(path: Path, *kinds: str, verify: bool = False) -> Iterator[Any]:
-    """The h5py.File for reading; UserError if there is none or it is not of one of `kinds` (if empty, any HDF5).
+    """The h5py.File for reading; UserError if there is none or it is not of `kinds` (any HDF5 if none are given).
 
-    With `verify`, DamagedFile if the file is not bit for bit what was written; without, only if its length is not.
+    With `verify`, DamagedFile if the file is not bit for bit what was written; else only its length is compared.
     """
     seal = check_seal(path) if verify else read_seal(path)
     kind = kind_of(path)
@@ -71,8 +68,8 @@ def open_file(path: Path, *kinds: str, verify: bool = False) -> Iterator[Any]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise DamagedFile(
-            f"{path} is damaged or is no HDF5 file ({error}). It cannot be repaired: restore it from a backup, or "
-            "set it aside and let hpcft write it again."
+            f"{path} is damaged or is no HDF5 file ({error}). It cannot be repaired: restore it from a backup, "
+            "or set it aside and let hpcft write it again."
         ) from error
 
 
@@ -85,8 +82,8 @@ def kind_of(path: Path) -> str:
 class _Sink(io.RawIOBase):
     """A new file that keeps the first failed write for `finish` and tells HDF5 that all went well.
 
-    HDF5 2.0 cannot close a file whose writes fail: it keeps half-freed objects, and the process dies of SIGSEGV when
-    it ends (seen on a full disk with h5py 3.16).
+    HDF5 2.0 cannot close a file whose writes fail: it keeps half-freed objects, and the process dies of SIGSEGV
+    when it ends (seen on a full disk with h5py 3.16).
     """
 
     def __init__(self, path: Path) -> None:

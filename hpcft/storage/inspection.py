@@ -22,7 +22,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
     Raises UserError for a file that is missing, damaged or no HDF5 at all.
     """
     kind = kind_of(path)
-    with open_file(path) as file:
+    with open_file(path, verify=kind in ("segment", "structures")) as file:  # which are read in full below
         report: dict[str, Any] = {"path": str(path), "kind": kind, "num_bytes": path.stat().st_size}
         report["provenance"] = read_attributes(file["provenance"]) if "provenance" in file else {}
         report["datasets"] = _list_datasets(file)

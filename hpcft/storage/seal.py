@@ -1,7 +1,8 @@
-"""The seal of our HDF5 files: kind, length and SHA-256 of everything behind it, in HDF5's user block of 512 bytes.
+"""The seal of our HDF5 files: kind, length and SHA-256 of all behind it, in HDF5's user block of 512 bytes.
 
-It is written last, so it is the commit record, and it is compared before HDF5 sees the file: a checksum inside would
-come too late, because HDF5 2.0 loops for ever on some files with a flipped bit (seen). Other readers skip the block.
+It is written last, so it is the commit record, and it is compared before HDF5 sees the file: a checksum inside
+would come too late, because HDF5 2.0 loops for ever on some files with a flipped bit (seen). Other readers skip
+the block.
 """
 
 from __future__ import annotations

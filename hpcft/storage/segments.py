@@ -1,7 +1,7 @@
 """Segments: all replicas' frames between two checkpoints, and the checkpoint to go on from, in one HDF5 file.
 
-A segment appears under its name complete and sealed, or not at all, and never changes again. What stands in a folder
-as segment 0, 1, ... without a gap and with seals unbroken is the committed prefix of the trajectory.
+A segment appears under its name complete and sealed, or not at all, and never changes again. What stands in a
+folder as segment 0, 1, ... without a gap and with seals unbroken is the committed prefix of the trajectory.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def segment_path(folder: Path, number: int) -> Path:
 def write_segment(path: Path, blocks: Sequence[FrameBlock], checkpoint: Mapping[str, Any]) -> bool:
     """Commit new frames and the checkpoint after them; False, with nothing changed, if `path` exists already.
 
-    The checkpoint may nest dictionaries of arrays, numbers, strings and what JSON takes. Raises OSError on a full
-    disk.
+    The checkpoint may nest dictionaries of arrays, numbers, strings and what JSON takes. Raises OSError on a
+    full disk.
     """
     replicas = [block.replica for block in blocks]
     if len(set(replicas)) != len(replicas):
@@ -48,7 +48,7 @@ def write_segment(path: Path, blocks: Sequence[FrameBlock], checkpoint: Mapping[
 
 
 def read_segment(path: Path, *, frames: bool = True) -> tuple[list[FrameBlock], dict[str, Any]]:
-    """The blocks by rising replica (none with `frames=False`), and the checkpoint; DamagedFile if the seal is broken."""
+    """The blocks by rising replica (none with `frames=False`), and the checkpoint; DamagedFile if altered."""
     with open_file(path, "segment", verify=True) as file:
         checkpoint = read_tree(file["checkpoint"])
         stored = read_tree(file["replicas"]) if frames else {}
@@ -60,7 +60,7 @@ def read_segment(path: Path, *, frames: bool = True) -> tuple[list[FrameBlock], 
 
 
 def list_segments(folder: Path) -> list[Path]:
-    """The committed prefix: segments 0, 1, ... before the first that is missing or damaged; reads all of them."""
+    """The committed prefix: segments 0, 1, ... before the first missing or damaged one; reads all of them."""
     prefix: list[Path] = []
     while (path := segment_path(folder, len(prefix))).is_file() and _is_intact(path):
         prefix.append(path)

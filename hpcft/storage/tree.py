@@ -60,7 +60,7 @@ def write_array(group: Any, name: str, array: Array, unit: str | None = None) ->
 
 
 class StreamedDataset:
-    """A dataset that grows row by row (frame by frame) in chunks of whole rows, of about `expected_rows` in the end."""
+    """A dataset that grows by rows (frames), in chunks of whole rows; `expected_rows` bounds the chunks' size."""
 
     def __init__(self, group: Any, name: str, first: Array, expected_rows: int, **options: Any) -> None:
         shape = first.shape[1:]

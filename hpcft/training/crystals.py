@@ -8,8 +8,8 @@ from itertools import combinations, permutations
 import numpy as np
 from ase import Atoms
 from ase.build import bulk
-from ase.data import atomic_numbers, covalent_radii
 from ase.calculators.calculator import Calculator
+from ase.data import atomic_numbers, covalent_radii
 
 PROTOTYPES = ("fcc", "L1_0", "L1_2")
 

@@ -40,7 +40,9 @@ class Batch:
 class LabelledSet:
     """Structures with REF_energy, REF_forces and (where present) REF_stress; graphs are built once and kept."""
 
-    def __init__(self, structures: Sequence[Atoms], cutoff: float, dtype: torch.dtype, origin: str = "data") -> None:
+    def __init__(
+        self, structures: Sequence[Atoms], cutoff: float, dtype: torch.dtype, origin: str = "data"
+    ) -> None:
         self._structures = list(structures)
         self._cutoff, self._dtype = cutoff, dtype
         self._graphs: dict[int, Graph] = {}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import TCPStore
 
 from hpcft.storage.atomic import write_json
 from hpcft.training.rank import Rank
@@ -47,15 +48,13 @@ def process_group(rank: Rank, folder: Path, device: torch.device, timeout_s: flo
     address_file = folder / f"rendezvous-{rank.token}.json"
     host = "127.0.0.1" if single else socket.getfqdn()
     if rank.is_first:
-        store = dist.TCPStore(host, 0, rank.world_size, True, timeout, wait_for_workers=False)
+        store = TCPStore(host, 0, rank.world_size, True, timeout, wait_for_workers=False)
         write_json(address_file, {"host": host, "port": store.port})
     else:
         address = _wait_for(address_file, timeout_s)
-        store = dist.TCPStore(str(address["host"]), int(str(address["port"])), rank.world_size, False, timeout)
+        store = TCPStore(str(address["host"]), int(str(address["port"])), rank.world_size, False, timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=timeout
-    )
+    dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=timeout)
     try:
         yield
         dist.barrier()

@@ -105,9 +105,7 @@ class Objective(torch.nn.Module):
         dtype, device = dtype_of(self._potential), device_of(self._potential)
         if not term.pairs:
             return torch.zeros((), dtype=dtype, device=device)
-        graph = build_graph(
-            [p.start for p in term.pairs], self._potential.cutoff, dtype=dtype, device=device
-        )
+        graph = build_graph([p.start for p in term.pairs], self._potential.cutoff, dtype=dtype, device=device)
         targets = torch.cat([torch.as_tensor(p.relaxed.get_positions()) for p in term.pairs])
         final_n3 = unroll(self._potential, graph, term.map, term.engine)
         distance_b = delta_q(final_n3, targets.to(device, dtype), graph)

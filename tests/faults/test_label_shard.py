@@ -1,4 +1,4 @@
-"""A shard of labels over several attempts: what is finished stays, what is known is found, and the files say the same."""
+"""A shard of labels over several attempts: what is finished stays, and what is known is found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker that is killed anywhere: no finished label is computed twice, none is lost, and the results are the same."""
+"""A worker that is killed anywhere: no finished label is computed twice, none is lost, all are the same."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from hpcft.labelling.shard import finish_shard, read_shard
 
 NUM_ITEMS = 16
 
+Worker = subprocess.Popen[bytes]
+
 WORKER = """
 import sys
 from pathlib import Path
@@ -36,17 +38,18 @@ for seed in range(num_items):
     atoms.rattle(0.05, seed=seed)
     relaxed = seed % 8 == 7
     items.append(Item.relaxation(atoms, fmax=0.05, max_steps=99) if relaxed else Item.single_point(atoms))
-label_items(items, Reference("calculators.SlowEMT"), folder / "shard", attempt=attempt, scratch=folder / "scratch")
+reference, scratch = Reference("calculators.SlowEMT"), folder / "scratch"
+label_items(items, reference, folder / "shard", attempt=attempt, scratch=scratch)
 """
 
 
-def start_worker(folder: Path, attempt: int) -> subprocess.Popen[bytes]:
+def start_worker(folder: Path, attempt: int) -> Worker:
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-c", WORKER, str(folder), str(attempt), str(NUM_ITEMS)]
     return subprocess.Popen(command, env={**os.environ, "HPCFT_TEST_CALLS": str(folder / "calls")})
 
 
-def kill_after(worker: subprocess.Popen[bytes], journal: Path, num_lines: int, delay_s: float) -> bool:
+def kill_after(worker: Worker, journal: Path, num_lines: int, delay_s: float) -> bool:
     """Whether the worker still ran when it had written so many lines and a little time had passed."""
     while worker.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < num_lines):
         time.sleep(0.001)
