@@ -88,9 +88,15 @@ def decide(records: Records, observation: Observation, now: float, limits: Limit
         return [Wait("the scheduler does not answer")]
     if observation.strays:
         return [CancelStrays(observation.strays)]
-    idle = [i for i in stage.missing if (stage.round, stage.name, i) not in observation.alive]
-    given_up = [i for i in idle if _is_given_up(stage, i, records.resumed_at, limits)]
-    ready = [i for i in idle if i not in given_up and not _is_settling(stage.latest_attempt(i), now)]
+    idle = [
+        i
+        for i in stage.missing
+        if (stage.round, stage.name, i) not in observation.alive
+        and not _is_settling(stage.latest_attempt(i), now)
+    ]
+    given_up = [i for i in idle if _is_given_up(stage, i, limits)]
+    ready = [i for i in idle if i not in given_up]
+    # A settling task may run for all we know: it takes room, and no verdict is passed on it yet.
     running = len(stage.missing) - len(idle)
     if given_up and not running:
         return [Stop(_why_stopped(stage, given_up))]
@@ -108,12 +114,12 @@ def _is_settling(attempt: Attempt | None, now: float) -> bool:
     return attempt is not None and attempt.job_ids is None and now - attempt.at < SETTLING_S
 
 
-def _is_given_up(stage: StageRecord, task: int, resumed_at: float, limits: Limits) -> bool:
+def _is_given_up(stage: StageRecord, task: int, limits: Limits) -> bool:
     latest = stage.latest_attempt(task)
-    if latest is None or latest.at < resumed_at:
+    if latest is None or latest.number <= stage.resumed_after:
         return False
     final = any(e.get("final") and e.get("attempt") == latest.number for e in stage.errors.get(task, ()))
-    return final or stage.attempts_since(task, resumed_at) >= limits.max_attempts
+    return final or stage.attempts_since_resume(task) >= limits.max_attempts
 
 
 def _why_stopped(stage: StageRecord, tasks: list[int]) -> str:

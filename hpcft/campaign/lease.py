@@ -10,39 +10,47 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from hpcft.errors import LeaseHeld
 from hpcft.storage.atomic import create_json_once, read_json, write_json
 
 
 def _newest(folder: Path) -> tuple[int, dict[str, Any] | None]:
-    numbers = sorted(int(path.stem) for path in folder.glob("[0-9]*.json") if path.stem.isdigit())
-    if not numbers:
-        return 0, None
-    return numbers[-1], dict(read_json(folder / f"{numbers[-1]:06d}.json"))
+    while numbers := [int(path.stem) for path in folder.glob("[0-9]*.json") if path.stem.isdigit()]:
+        try:
+            return max(numbers), dict(read_json(folder / f"{max(numbers):06d}.json"))
+        except FileNotFoundError:  # a newer one has just taken its place
+            time.sleep(0.01)
+    return 0, None
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
     """Who holds the lease: host, pid, since when; None when nobody does, or its process has died on this host."""
     number, lease = _newest(folder)
-    if lease is None or (folder / f"{number:06d}.released").exists():
-        return None
-    return None if _is_dead(lease) else lease
+    return None if lease is None or _is_over(folder, number, lease) else lease
+
+
+def _is_over(folder: Path, number: int, lease: dict[str, Any]) -> bool:
+    return (folder / f"{number:06d}.released").exists() or _is_dead(lease)
 
 
 def _is_dead(lease: dict[str, Any]) -> bool:
     """Certain only for this host; a process elsewhere counts as alive until the user says otherwise."""
     if lease["host"] != socket.gethostname():
         return False
-    if lease["boot"] != _boot_id():
-        return True
+    return lease["boot"] != _boot_id() or lease["process_started"] != _process_started(int(lease["pid"]))
+
+
+def _process_started(pid: int) -> int | None:
+    """Clock ticks from boot to the start of a process; None if it has ended.
+
+    Not the time of day: that moves when the clock is set, and a live manager would count as dead.
+    """
     try:
-        process = psutil.Process(int(lease["pid"]))
-        alive = process.status() != psutil.STATUS_ZOMBIE
-        return not (alive and abs(process.create_time() - float(lease["process_started"])) < 1.0)
-    except psutil.NoSuchProcess:
-        return True
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    state, *numbers = stat.rpartition(b")")[2].split()
+    return None if state in (b"Z", b"X") else int(numbers[18])
 
 
 def _boot_id() -> str:
@@ -57,18 +65,21 @@ def lease(folder: Path, *, take_over: bool = False) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     number, current = _newest(folder)
-    held_by = holder(folder)
-    if held_by is not None and not take_over:
-        raise LeaseHeld(_message(held_by))
+    if current is not None and not take_over and not _is_over(folder, number, current):
+        raise LeaseHeld(_message(current))
     mine = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "boot": _boot_id(),
-        "process_started": psutil.Process().create_time(),
+        "process_started": _process_started(os.getpid()),
         "at": time.time(),
     }
-    if not create_json_once(folder / f"{number + 1:06d}.json", mine):
-        _, winner = _newest(folder)
+    taken = create_json_once(folder / f"{number + 1:06d}.json", mine)
+    newest, winner = _newest(folder)
+    if not taken or newest != number + 1:
+        # Taken, but not the newest: this number had come and gone since we looked.
+        if taken:
+            (folder / f"{number + 1:06d}.json").unlink()
         raise LeaseHeld(_message(winner or mine))
     if current is not None:
         for old in folder.glob(f"{number:06d}.*"):

@@ -23,6 +23,7 @@ from hpcft.campaign.decide import (
 from hpcft.campaign.lease import is_mine
 from hpcft.campaign.records import Records, StageRecord, read_records
 from hpcft.campaign.scheduler import Scheduler
+from hpcft.campaign.tidy import tidy
 from hpcft.config.campaign import Campaign
 from hpcft.config.site import Site
 from hpcft.errors import CampaignStopped, LeaseHeld
@@ -66,7 +67,8 @@ class Manager:
             on_turn(turn)
             if any(isinstance(action, Finish) for action in turn.actions):
                 return
-            if all(isinstance(action, Wait) for action in turn.actions):
+            # Slurm may show a cancelled job for a while.
+            if all(isinstance(action, Wait | CancelStrays) for action in turn.actions):
                 self._sleep(self.site.poll_interval_s)
 
     def step(self) -> Turn:
@@ -90,6 +92,7 @@ class Manager:
         elif isinstance(action, Collect):
             context = self._context(action.round, action.stage)
             write_json(context.here.product, stage_named(action.stage).collect(context))
+            tidy(context.here)
         elif isinstance(action, CancelStrays):
             self.scheduler.cancel(action.job_ids)
         elif isinstance(action, Stop):
@@ -125,9 +128,14 @@ class Manager:
 
 def record_resume(folder: CampaignFolder, now: float) -> None:
     """Note that the user wants to go on: tasks that were given up get a new set of attempts."""
+    stage = read_records(folder).current
+    if stage is None:
+        return
+    newest = max((attempt.number for attempt in stage.attempts), default=0)
+    marker = {"at": now, "round": stage.round, "stage": stage.name, "attempt": newest}
     folder.resumes.mkdir(exist_ok=True)
     number = len(list(folder.resumes.glob("*.json")))
-    while not create_json_once(folder.resumes / f"{number:04d}.json", {"at": now}):
+    while not create_json_once(folder.resumes / f"{number:04d}.json", marker):
         number += 1
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpcft.storage.atomic import read_json
+from hpcft.errors import UserError
+from hpcft.storage.atomic import TEMPORARY_PREFIX, read_json
 from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, stages_of
 
 TaskKey = tuple[int, str, int]
@@ -27,7 +29,9 @@ class Attempt:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One stage of one round. `num_tasks` is None before it is planned."""
+    """One stage of one round. `num_tasks` is None before it is planned; `resumed_after` is the newest attempt that there
+    was when a user last said to go on: a number, for the clocks of two hosts may differ.
+    """
 
     round: int
     name: str
@@ -36,6 +40,7 @@ class StageRecord:
     done: frozenset[int] = frozenset()
     errors: Mapping[int, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
     product: Mapping[str, Any] | None = None
+    resumed_after: int = 0
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -44,17 +49,16 @@ class StageRecord:
     def latest_attempt(self, task: int) -> Attempt | None:
         return next((a for a in reversed(self.attempts) if task in a.tasks), None)
 
-    def attempts_since(self, task: int, moment: float) -> int:
-        return sum(1 for a in self.attempts if task in a.tasks and a.at >= moment)
+    def attempts_since_resume(self, task: int) -> int:
+        return sum(1 for a in self.attempts if task in a.tasks and a.number > self.resumed_after)
 
 
 @dataclass(frozen=True)
 class Records:
-    """All stages from the first to the one in progress; `resumed_at` is when a user last said to go on."""
+    """All stages from the first to the one in progress."""
 
     stages: tuple[StageRecord, ...]
     rounds: int
-    resumed_at: float = 0.0
 
     @property
     def current(self) -> StageRecord | None:
@@ -63,41 +67,85 @@ class Records:
 
 
 def read_records(folder: CampaignFolder) -> Records:
-    """Everything up to and including the first stage without a product."""
+    """Everything up to and including the first stage without a product; UserError naming the file that is damaged."""
     rounds = int(folder.read_identity()["rounds"])
     stages: list[StageRecord] = []
     for round_ in range(rounds + 1):
         for name in stages_of(round_):
-            stages.append(_read_stage(folder.stage(round_, name), round_, name))
+            stages.append(_read_stage(folder, round_, name))
             if stages[-1].product is None:
-                return Records(tuple(stages), rounds, _resumed_at(folder))
-    return Records(tuple(stages), rounds, _resumed_at(folder))
+                return Records(tuple(stages), rounds)
+    return Records(tuple(stages), rounds)
 
 
-def _read_stage(stage: StageFolder, round_: int, name: str) -> StageRecord:
+def intents_of(stage: StageFolder) -> list[Path]:
+    """The intents of all attempts, oldest first; not what a killed writer has left of one."""
+    return [path for path in stage.intents() if not path.name.startswith(TEMPORARY_PREFIX)]
+
+
+def _read_stage(folder: CampaignFolder, round_: int, name: str) -> StageRecord:
+    stage = folder.stage(round_, name)
     if stage.product.exists():
-        plan = read_json(stage.plan)
-        count = len(plan["tasks"])
+        count = _count_tasks(stage.plan)
         done = frozenset(range(count))
         return StageRecord(round_, name, count, (), done, {}, read_json(stage.product))
     if not stage.plan.exists():
         return StageRecord(round_, name)
-    count = len(read_json(stage.plan)["tasks"])
-    attempts = tuple(_read_attempt(path, stage) for path in stage.intents())
+    count = _count_tasks(stage.plan)
+    attempts = tuple(_read_attempt(path, stage) for path in intents_of(stage))
     done = frozenset(i for i in range(count) if stage.task(i).result.exists())
-    errors = {i: tuple(read_json(path) for path in stage.task(i).errors()) for i in range(count)}
-    return StageRecord(round_, name, count, attempts, done, {i: e for i, e in errors.items() if e})
+    errors = {i: tuple(_read_error(path) for path in stage.task(i).errors()) for i in range(count)}
+    known = {i: e for i, e in errors.items() if e}
+    resumed_after = _resumed_after(folder, round_, name)
+    return StageRecord(round_, name, count, attempts, done, known, resumed_after=resumed_after)
+
+
+def _count_tasks(plan: Path) -> int:
+    with _naming(plan):
+        count = len(read_json(plan)["tasks"])
+    return count
 
 
 def _read_attempt(intent: Path, stage: StageFolder) -> Attempt:
-    content = read_json(intent)
-    number = int(content["attempt"])
+    with _naming(intent):
+        content = read_json(intent)
+        number = int(content["attempt"])
+        tasks, job_name, at = tuple(content["tasks"]), str(content["job_name"]), float(content["at"])
     submitted = stage.submitted(number)
     job_ids = None
     if submitted.exists():
-        job_ids = {int(task): str(job) for task, job in read_json(submitted)["job_ids"].items()}
-    return Attempt(number, tuple(content["tasks"]), content["job_name"], float(content["at"]), job_ids)
+        with _naming(submitted):
+            job_ids = {int(task): str(job) for task, job in read_json(submitted)["job_ids"].items()}
+    return Attempt(number, tasks, job_name, at, job_ids)
 
 
-def _resumed_at(folder: CampaignFolder) -> float:
-    return max((float(read_json(path)["at"]) for path in folder.resumes.glob("*.json")), default=0.0)
+def _read_error(path: Path) -> Mapping[str, Any]:
+    with _naming(path):
+        content = read_json(path)
+        error = {**content, "attempt": int(content["attempt"]), "message": str(content["message"])}
+    return error
+
+
+def _resumed_after(folder: CampaignFolder, round_: int, stage: str) -> int:
+    newest = 0
+    for path in folder.resumes.glob("[0-9]*.json"):
+        with _naming(path):
+            marker = read_json(path)
+            if (marker["round"], marker["stage"]) == (round_, stage):
+                newest = max(newest, int(marker["attempt"]))
+    return newest
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A record that is gone, or that lacks what it was written with, is the user's to mend: say which one."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (FileNotFoundError, KeyError, TypeError, ValueError, AttributeError) as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else "is not what hpcft wrote there"
+        raise UserError(
+            f"{path} {what} ({type(error).__name__}: {error}), so it was damaged or edited by hand. "
+            "Restore it from a backup: hpcft writes such a record once and never changes it."
+        ) from error

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpcft import __version__
+from hpcft.campaign.records import intents_of
 from hpcft.cluster.ranks import rank_of_this_process
 from hpcft.errors import LabelError, UserError
 from hpcft.storage.atomic import read_json, remove_leftovers, write_json
@@ -71,7 +72,7 @@ def _run(folder: CampaignFolder, round_: int, stage: str, index: int, attempt: i
 
 def is_current(stage: StageFolder, index: int, attempt: int) -> bool:
     """Whether no newer attempt at this task was intended."""
-    for path in reversed(stage.intents()):
+    for path in reversed(intents_of(stage)):
         content = read_json(path)
         if index in content["tasks"]:
             return int(content["attempt"]) == attempt

@@ -34,12 +34,12 @@ def resolve(dotted_path: str) -> Callable[..., Any]:
 def _import_longest(dotted_path: str) -> tuple[Any, list[str]]:
     """The longest prefix that is a module, and the names that are left."""
     parts = dotted_path.split(".")
-    module = _import(parts[0], dotted_path, ())
+    module = _import(parts[0], dotted_path, None)
     for position in range(1, len(parts)):
         name = ".".join(parts[: position + 1])
         if not _is_module(name, module):
             return module, parts[position:]
-        module = _import(name, dotted_path, _public_names(module))
+        module = _import(name, dotted_path, module)
     return module, []
 
 
@@ -47,13 +47,14 @@ def _is_module(name: str, parent: Any) -> bool:
     return hasattr(parent, "__path__") and importlib.util.find_spec(name) is not None
 
 
-def _import(name: str, dotted_path: str, candidates: Iterable[str]) -> Any:
+def _import(name: str, dotted_path: str, parent: Any) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:  # a module may raise anything while it is imported
         if isinstance(error, ModuleNotFoundError) and error.name == name:
+            hint = nearest(name, [] if parent is None else _public_names(parent))
             raise UserError(
-                f"The module {name!r} of {dotted_path!r} is not installed.{nearest(name, candidates)} "
+                f"The module {name!r} of {dotted_path!r} is not installed.{hint} "
                 "Install it into the environment of the jobs, or correct the path."
             ) from error
         raise UserError(

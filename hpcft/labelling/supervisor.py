@@ -145,7 +145,7 @@ class Supervisor:
         return child.close()
 
     def _answer(self, item: Item, directory: Path) -> tuple[Result, int] | Refusal:
-        """What the child says about an item, or a failure after too long a time; _ChildDied if it says nothing."""
+        """The child's answer for an item, or a failure if it comes too late; _ChildDied if it cannot come."""
         child = self._child = self._child or self._fork()
         child.output.clear()
         try:
@@ -169,6 +169,9 @@ class Supervisor:
 
     def _wait_for(self, child: _Child, timeout_s: float) -> bool:
         """Whether the child has sent something; _ChildDied or _WorkerGone if nothing will come."""
+        # A grandchild that was forked may hold the connection open, so its end alone would not tell.
+        if child.has_exited() and not child.connection.poll():
+            raise _ChildDied
         sources: list[Connection | socket.socket | int] = [child.connection, self._worker, self._child_exited]
         ready = wait([*sources, *child.open_output()], timeout_s)
         if self._worker in ready:
@@ -177,9 +180,6 @@ class Supervisor:
             child.read_output()
         if self._child_exited in ready:
             self._child_exited.recv(4096)
-            # A grandchild that was forked may hold the connection open, so its end alone does not tell.
-            if child.has_exited() and not child.connection.poll():
-                raise _ChildDied
         return child.connection in ready
 
     def _cause_of_death(self) -> Failure:

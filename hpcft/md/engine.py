@@ -255,7 +255,8 @@ class _Motion:
         twice_kinetic_n = (self.mass_n1 * self.velocities_n3**2).sum(-1)
         freedom_r = 3.0 * self.graph.num_atoms_b
         zeros = torch.zeros_like(freedom_r, dtype=twice_kinetic_n.dtype)
-        return zeros.index_add(0, self.graph.structure_n, twice_kinetic_n) / (freedom_r * units.kB)
+        summed: Tensor = zeros.index_add(0, self.graph.structure_n, twice_kinetic_n)
+        return summed / (freedom_r * float(units.kB))
 
     def nearest_r(self) -> Tensor:
         """Shortest interatomic distance (Å) of each replica; infinite where nothing is within the cutoff."""
@@ -263,7 +264,10 @@ class _Motion:
         start = torch.full(
             (self.graph.num_structures,), float("inf"), dtype=length_e.dtype, device=length_e.device
         )
-        return start.scatter_reduce(0, self.graph.structure_n[self.graph.senders_e], length_e, "amin")
+        nearest_r: Tensor = start.scatter_reduce(
+            0, self.graph.structure_n[self.graph.senders_e], length_e, "amin"
+        )
+        return nearest_r
 
     def largest_force_r(self) -> Tensor:
         norm_n = self.evaluation.forces_n3.norm(dim=-1)

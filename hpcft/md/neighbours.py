@@ -32,7 +32,7 @@ class VerletList:
         if positions_n3 is None:
             return self._listed.within(self.cutoff)
         moved = (positions_n3 - self._listed.positions_n3).norm(dim=-1).max()
-        if not bool(moved < 0.5 * self.skin) and bool(torch.isfinite(positions_n3).all()):
+        if not bool(moved < 0.5 * self.skin):  # also where a replica is no longer finite: the others go on
             self._listed = rebuild_edges(self._listed.with_positions(positions_n3), self.cutoff + self.skin)
             self.num_builds += 1
         return self._listed.with_positions(positions_n3).within(self.cutoff)

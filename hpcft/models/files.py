@@ -7,6 +7,7 @@ import hashlib
 import io
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,15 @@ def load_model(
     return potential
 
 
+def is_whole(path: Path) -> bool:
+    """Whether each record of a torch file has the checksum it was written with; `torch.load` does not look at them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError):
+        return False
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """Everything in an hpcft model file but the weights; UserError when it is not one."""
     content = _read_without_code(path)
@@ -109,6 +119,8 @@ def _read_without_code(path: Path) -> dict[str, Any] | None:
         raise UserError(
             f"{path} holds no model: it lacks the mark '{FORMAT}'. Was it written by another program?"
         )
+    if not is_whole(path):
+        raise UserError(f"{path} is damaged: a checksum in it is wrong. Copy or make it again.")
     return content
 
 

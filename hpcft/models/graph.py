@@ -14,6 +14,9 @@ from ase import Atoms
 from matscipy.neighbours import neighbour_list
 from torch import Tensor
 
+# Side of the box of a neighbour search where nothing repeats, in cutoffs.
+_LARGEST_BOX = 40.0
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -81,7 +84,12 @@ class Graph:
 def find_edges(
     positions: np.ndarray, cell: np.ndarray, periodic: np.ndarray, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All ordered pairs (i, j, cell shift) closer than `cutoff` (Å); an atom may see its own images."""
+    """All ordered pairs (i, j, cell shift) closer than `cutoff` (Å); an atom may see its own images.
+
+    A structure with a non-finite position has no pairs: the search would spend seconds on it.
+    """
+    if not np.isfinite(positions).all():
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3))
     full_cell = np.array(cell, dtype=float)
     open_directions = [axis for axis in range(3) if not full_cell[axis].any()]
     if open_directions:
@@ -93,10 +101,14 @@ def find_edges(
 
 
 def _fill_open_directions(cell: np.ndarray, positions: np.ndarray, cutoff: float) -> np.ndarray:
-    """Give missing cell vectors a length; the neighbour search needs a box even where nothing repeats."""
+    """Give missing cell vectors a length; the neighbour search needs a box even where nothing repeats.
+
+    Its bins fill that box, so it is bounded: an atom that has flown off would cost gigabytes. Those outside
+    of it are found all the same, in the outermost bins.
+    """
     from ase.geometry import complete_cell
 
-    extent = float(np.ptp(positions, axis=0).max()) + 2.0 * cutoff + 1.0
+    extent = min(float(np.ptp(positions, axis=0).max()), _LARGEST_BOX * cutoff) + 2.0 * cutoff + 1.0
     filled = complete_cell(cell)
     for axis in range(3):
         if not cell[axis].any():

@@ -79,7 +79,7 @@ class MacePotential(torch.nn.Module):
         columns: list[int] = []
         start = 0
         for product in cast(torch.nn.ModuleList, self.model.products):
-            for multiplicity, irrep in o3.Irreps(str(product.linear.irreps_out)):
+            for multiplicity, irrep in o3.Irreps(str(cast(torch.nn.Module, product.linear).irreps_out)):
                 if irrep.l == 0:
                     columns += range(start, start + multiplicity)
                 start += multiplicity * irrep.dim

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpcft.errors import UserError
 from hpcft.models.graph import Graph
 
 
@@ -59,6 +60,10 @@ class MorsePotential(torch.nn.Module):
 
     def energies(self, graph: Graph) -> Tensor:
         element_n = self._element_index[graph.numbers_n]
+        if bool((element_n < 0).any()):  # -1 would silently be the last element
+            raise UserError(
+                f"a structure holds an element that the model does not know; it knows {self.elements}"
+            )
         atomic_n = self.atomic_energy[element_n] + self._pair_sums(graph, element_n)
         return torch.zeros(graph.num_structures, dtype=atomic_n.dtype, device=atomic_n.device).index_add(
             0, graph.structure_n, atomic_n

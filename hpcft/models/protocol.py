@@ -54,7 +54,10 @@ def device_of(potential: Potential) -> torch.device:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Energies [b] eV; forces [n, 3] eV/Å; stress [b, 3, 3] eV/Å^3, positive under tension as in ASE."""
+    """Energies [b] eV; forces [n, 3] eV/Å; stress [b, 3, 3] eV/Å^3, positive under tension as in ASE.
+
+    The stress of a structure without a volume (a molecule with no cell) is zero.
+    """
 
     energies_b: Tensor
     forces_n3: Tensor
@@ -86,6 +89,9 @@ def evaluate(
     if strain is not None:
         virial = gradients[1] if gradients[1] is not None else torch.zeros_like(strain)
         volume_b = torch.linalg.det(graph.cell_b33).abs()
+        volume_b = torch.where(
+            volume_b > 0, volume_b, torch.inf
+        )  # no cell, no stress, and no NaN in the loss
         stress_b33 = 0.5 * (virial + virial.transpose(1, 2)) / volume_b[:, None, None]
     if not create_graph:
         energies_b, forces_n3 = energies_b.detach(), forces_n3.detach()

@@ -19,12 +19,12 @@ def farthest_points(candidates: np.ndarray, count: int, known: np.ndarray | None
     farthest from the mean. Ties go to the lower index, so the result depends on the input alone. Fewer than
     `count` come back when there are not enough distinct candidates. Raises ValueError on non-finite rows.
     """
-    if not np.isfinite(candidates).all():
-        raise ValueError(
-            f"candidate {int(np.argmax(~np.isfinite(candidates).all(axis=1)))} has a non-finite descriptor"
-        )
+    for kind, rows in (("candidate", candidates), ("known row", known)):
+        if rows is not None and not np.isfinite(rows).all():
+            bad = int(np.argmax(~np.isfinite(rows).all(axis=1)))
+            raise ValueError(f"{kind} {bad} has a non-finite descriptor")
     chosen: list[int] = []
-    if len(candidates) == 0:
+    if len(candidates) == 0 or count < 1:
         return chosen
     if known is not None and len(known):
         distance = np.min([np.linalg.norm(candidates - row, axis=1) for row in known], axis=0)

@@ -20,9 +20,9 @@ from hpcft.storage.tree import StreamedDataset, write_attributes, write_tree
 def consolidate(segments: Sequence[Path], final: Path, provenance: Mapping[str, Any]) -> None:
     """Write all frames of `segments`, in their order, and the last checkpoint into one H5MD file.
 
-    Each replica is an H5MD root of its own under /replicas/NNNN. Only one segment is in memory at a time, and
-    all are left for the caller to delete, so this is safe to repeat. Raises UserError if they do not fit
-    together, OSError on a full disk.
+    Each replica that has a frame is an H5MD root of its own under /replicas/NNNN. Only one segment is in memory
+    at a time, and all are left for the caller to delete, so this is safe to repeat. Raises UserError if they do
+    not fit together, OSError on a full disk.
     """
     if not segments:
         raise UserError(f"There is no segment to make {final} from; the run committed nothing yet.")
@@ -33,11 +33,10 @@ def consolidate(segments: Sequence[Path], final: Path, provenance: Mapping[str, 
         checkpoint: dict[str, Any] = {}
         for path in segments:
             blocks, checkpoint = read_segment(path)
-            for block in blocks:
+            for block in filter(lambda block: block.num_frames, blocks):
                 if block.replica not in writers:
-                    writers[block.replica] = _ReplicaWriter(
-                        file, h5md, block, block.num_frames * len(segments)
-                    )
+                    expected = block.num_frames * len(segments)
+                    writers[block.replica] = _ReplicaWriter(file, h5md, block, expected)
                 writers[block.replica].append(block, path)
         write_tree(file.create_group("checkpoint"), checkpoint)
         write_attributes(file.create_group("provenance"), provenance)
@@ -50,7 +49,7 @@ class _ReplicaWriter:
 
     def __init__(self, file: Any, h5md: Any, first: FrameBlock, expected_frames: int) -> None:
         self._first = first
-        self._last_step: int | None = None
+        self._last_step = int(first.step[0]) - 1
         self._expected_frames = expected_frames
         self._streams: dict[str, StreamedDataset] = {}
         root = file.create_group(layout.replica_path(first.replica))
@@ -99,16 +98,14 @@ class _ReplicaWriter:
 
     def _check_fits(self, block: FrameBlock, source: Path) -> None:
         problem = None
-        if any(
-            not np.array_equal(value, getattr(self._first, name)) for name, value in block.static().items()
-        ):
+        first = self._first.static()
+        if any(not np.array_equal(value, first[name]) for name, value in block.static().items()):
             problem = "other atoms, masses or periodic directions"
         elif _types(block) != _types(self._first):
             problem = "other observables, shapes or number types"
-        elif block.num_frames:
-            if self._last_step is not None and block.step[0] <= self._last_step:
-                problem = f"step {block.step[0]} after step {self._last_step}"
-            self._last_step = int(block.step[-1])
+        elif block.step[0] <= self._last_step:
+            problem = f"step {block.step[0]} after step {self._last_step}"
+        self._last_step = int(block.step[-1])
         if problem is not None:
             raise UserError(
                 f"{source} does not continue the segments before it: replica {block.replica} has {problem}. "

@@ -13,7 +13,7 @@ import h5py
 
 from hpcft.errors import UserError
 from hpcft.storage.atomic import errors_naming, publish, publish_once, temporary_beside
-from hpcft.storage.seal import SEAL_BYTES, DamagedFile, check_length, check_seal, read_seal, write_seal
+from hpcft.storage.seal import SEAL_BYTES, DamagedFile, check_seal, expect_seal, read_seal, write_seal
 
 # Readable since HDF5 1.10; groups and chunk indices take a third of the space of the oldest format, and
 # attributes have no limit of 64 kB.
@@ -50,14 +50,14 @@ def open_file(path: Path, *kinds: str, verify: bool = False) -> Iterator[Any]:
 
     With `verify`, DamagedFile if the file is not bit for bit what was written; else only its length is compared.
     """
-    seal = check_seal(path) if verify else read_seal(path)
-    kind = kind_of(path)
-    if seal is not None:
-        check_length(path, seal)
-    if kinds and kind not in kinds:
-        raise UserError(
-            f"{path} is of kind {kind}, but {' or '.join(kinds)} is needed here; give such a file."
-        )
+    if read_seal(path) is not None or kinds:
+        kind = expect_seal(path).kind
+        if kinds and kind not in kinds:
+            raise UserError(
+                f"{path} is of kind {kind}, but {' or '.join(kinds)} is needed here; give such a file."
+            )
+        if verify:
+            check_seal(path)
     try:
         with h5py.File(path, "r") as file:
             yield file

@@ -32,6 +32,9 @@ class Seal:
     num_bytes: int
     sha256: str
 
+    def has_length_of(self, path: Path) -> bool:
+        return path.stat().st_size == self.num_bytes
+
 
 def write_seal(path: Path, kind: str) -> None:
     """Seal a finished file, whose first 512 bytes must be free for it."""
@@ -55,24 +58,26 @@ def read_seal(path: Path) -> Seal | None:
     return Seal(kind, int(version), int(num_bytes), digest)
 
 
-def check_seal(path: Path) -> Seal:
-    """The seal, if the whole file is what was sealed; DamagedFile if not."""
+def expect_seal(path: Path) -> Seal:
+    """The seal of a file that must have one; DamagedFile if it has none, or another length than was written."""
     seal = read_seal(path)
     if seal is None:
         raise DamagedFile(f"{path} is not a file of hpcft, or its first bytes are damaged. {_REMEDY}")
-    check_length(path, seal)
+    if not seal.has_length_of(path):
+        raise DamagedFile(
+            f"{path} is damaged: it has {path.stat().st_size} bytes, but {seal.num_bytes} were written. {_REMEDY}"
+        )
+    return seal
+
+
+def check_seal(path: Path) -> Seal:
+    """The seal, if the whole file is what was sealed; DamagedFile if not."""
+    seal = expect_seal(path)
     if _digest(path) != seal.sha256:
         raise DamagedFile(
             f"{path} is damaged: its SHA-256 is not the one that was written into it. {_REMEDY}"
         )
     return seal
-
-
-def check_length(path: Path, seal: Seal) -> None:
-    """DamagedFile if the file was cut or grew; this takes no time, but misses other damage."""
-    length = path.stat().st_size
-    if length != seal.num_bytes:
-        raise DamagedFile(f"{path} is damaged: it has {length} bytes of {seal.num_bytes}. {_REMEDY}")
 
 
 def _digest(path: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from hpcft.storage.frames import FrameBlock
 from hpcft.storage.hdf5 import open_file, write_file
-from hpcft.storage.seal import DamagedFile, check_seal
+from hpcft.storage.seal import DamagedFile, check_seal, read_seal
 from hpcft.storage.tree import read_tree, write_tree
 
 _SEGMENT_NAME = re.compile(r"segment-(\d{4,})\.h5")
@@ -60,24 +60,50 @@ def read_segment(path: Path, *, frames: bool = True) -> tuple[list[FrameBlock], 
 
 
 def list_segments(folder: Path) -> list[Path]:
-    """The committed prefix: segments 0, 1, ... before the first missing or damaged one; reads all of them."""
+    """The committed prefix: segments 0, 1, ... before the first that is missing or damaged.
+
+    Compares the lengths of all and the checksum of the last; `read_segment` compares the others' when it is their
+    turn.
+    """
     prefix: list[Path] = []
-    while (path := segment_path(folder, len(prefix))).is_file() and _is_intact(path):
+    while _has_its_length(path := segment_path(folder, len(prefix))):
         prefix.append(path)
+    while prefix and not _is_intact(prefix[-1]):
+        prefix.pop()
     return prefix
 
 
 def set_aside_uncommitted(folder: Path) -> list[Path]:
-    """Rename segments outside the committed prefix, so that a resumed run can write their numbers again.
+    """Rename the first damaged segment, which is looked for in full, and all after it or after a gap.
 
-    For the sole writer of `folder`. Returns the new names, `segment-0007.h5.set-aside-<token>`.
+    For the sole writer of `folder`, before it resumes: a name that is taken could not be written again. Returns the
+    new names, `segment-0007.h5.set-aside-<token>`.
     """
-    committed = set(list_segments(folder))
-    set_aside = []
-    for path in sorted(folder.iterdir()):
-        if _SEGMENT_NAME.fullmatch(path.name) and path not in committed:
-            set_aside.append(path.rename(path.with_name(f"{path.name}.set-aside-{secrets.token_hex(4)}")))
-    return set_aside
+    prefix: set[Path] = set()
+    while _has_its_length(path := segment_path(folder, len(prefix))) and _is_intact(path):
+        prefix.add(path)
+    return [
+        path.rename(path.with_name(f"{path.name}.set-aside-{secrets.token_hex(4)}"))
+        for path in _segment_files(folder)
+        if path not in prefix
+    ]
+
+
+def delete_segments(folder: Path) -> None:
+    """Delete all segments after their consolidation, the last first, so that a kill in between leaves a prefix."""
+    for path in reversed(_segment_files(folder)):
+        path.unlink()
+
+
+def _segment_files(folder: Path) -> list[Path]:
+    names = [
+        (int(found[1]), path) for path in folder.iterdir() if (found := _SEGMENT_NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(names)]
+
+
+def _has_its_length(path: Path) -> bool:
+    return path.is_file() and (seal := read_seal(path)) is not None and seal.has_length_of(path)
 
 
 def _is_intact(path: Path) -> bool:

@@ -67,7 +67,7 @@ def write_structures(
         write_array(file, "cell", cell, unit="Angstrom")
         write_array(file, "pbc", pbc)
         for group, columns in {"info": info, "arrays": arrays, "missing": missing}.items():
-            target = file.create_group(group)
+            target = file.create_group(group, track_order=True)  # or HDF5 sorts the keys
             for key, values in columns.items():
                 write_array(target, encode_name(key), values)
         write_attributes(file.create_group("provenance"), attributes or {})
@@ -83,32 +83,23 @@ def read_structures(path: Path, indices: slice | Sequence[int] | None = None) ->
         if not wanted:
             return []
         start, stop = min(wanted), max(wanted) + 1
-
-        def read(nodes: Any, first: int, last: int) -> dict[str, Array]:
-            rows = {
-                decode_name(name): node[first:last] for name, node in nodes.items() if not holds_text(node)
-            }
-            texts = {
-                decode_name(name): node.asstr()[first:last]
-                for name, node in nodes.items()
-                if holds_text(node)
-            }
-            return rows | {key: values.astype(str) for key, values in texts.items()}
-
-        per_structure = read({name: file[name] for name in ("cell", "pbc")}, start, stop)
-        info = read(file["info"], start, stop)
+        per_structure = _read_rows({name: file[name] for name in ("cell", "pbc")}, start, stop)
+        info = _read_rows(file["info"], start, stop)
         nodes = {**file["arrays"], "numbers": file["numbers"], "positions": file["positions"]}
-        per_atom = read(nodes, offsets[start], offsets[stop])
+        per_atom = _read_rows(nodes, offsets[start], offsets[stop])
         missing = {decode_name(name): set(node[()].tolist()) for name, node in file["missing"].items()}
 
     structures = []
     for index in wanted:
         rows = slice(offsets[index] - offsets[start], offsets[index + 1] - offsets[start])
-        own_info = {
-            key: values[index - start] for key, values in info.items() if index not in missing.get(key, ())
-        }
-        own_cell = {key: values[index - start] for key, values in per_structure.items()}
-        structures.append(_build(own_cell, {key: values[rows] for key, values in per_atom.items()}, own_info))
+        keys = [key for key in info if index not in missing.get(key, ())]
+        structures.append(
+            _build(
+                {key: values[index - start] for key, values in per_structure.items()},
+                {key: values[rows] for key, values in per_atom.items()},
+                {key: info[key][index - start] for key in keys},
+            )
+        )
     return structures
 
 
@@ -162,6 +153,15 @@ def _resolve(indices: slice | Sequence[int] | None, count: int, path: Path) -> l
         if not -count <= index < count:
             raise UserError(f"{path} holds {count} structures, so there is no structure {index}.")
     return [int(index) % count for index in indices]
+
+
+def _read_rows(datasets: Mapping[str, Any], first: int, last: int) -> dict[str, Array]:
+    return {
+        decode_name(name): dataset.asstr()[first:last].astype(str)
+        if holds_text(dataset)
+        else dataset[first:last]
+        for name, dataset in datasets.items()
+    }
 
 
 def _build(per_structure: dict[str, Any], per_atom: dict[str, Array], info: dict[str, Any]) -> Atoms:

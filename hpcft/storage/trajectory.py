@@ -25,6 +25,7 @@ from hpcft.storage.consolidation import consolidate
 from hpcft.storage.frames import PER_FRAME, STATIC, FrameBlock
 from hpcft.storage.hdf5 import open_file, write_file
 from hpcft.storage.segments import (
+    delete_segments,
     list_segments,
     read_segment,
     segment_path,
@@ -37,6 +38,7 @@ __all__ = [
     "FrameBlock",
     "Trajectory",
     "consolidate",
+    "delete_segments",
     "list_segments",
     "read_segment",
     "segment_path",

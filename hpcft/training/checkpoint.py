@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hpcft.models.files import is_whole
 from hpcft.storage.atomic import write_bytes
 
 _NAME = re.compile(r"checkpoint-(\d{6})\.pt")
@@ -39,6 +40,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 def load_latest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that reads back whole; None when there is none."""
     for path in reversed(_existing(folder)):
+        if not is_whole(path):
+            continue
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
             return Checkpoint(**content)

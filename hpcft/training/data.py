@@ -70,7 +70,7 @@ class LabelledSet:
         known = np.zeros(len(chosen))
         for row, atoms in enumerate(chosen):
             if "REF_stress" in atoms.info and np.isfinite(atoms.info["REF_stress"]).all():
-                stress[row] = voigt_6_to_full_3x3_stress(np.asarray(atoms.info["REF_stress"]).ravel())
+                stress[row] = _full_stress(np.asarray(atoms.info["REF_stress"]))
                 known[row] = 1.0
 
         def tensor(values: object) -> Tensor:
@@ -88,6 +88,13 @@ class LabelledSet:
         if index not in self._graphs:
             self._graphs[index] = build_graph([self._structures[index]], self._cutoff, dtype=self._dtype)
         return self._graphs[index]
+
+
+def _full_stress(stress: np.ndarray) -> np.ndarray:
+    """The 3 x 3 matrix of a stress in Voigt order (xx, yy, zz, yz, xz, xy), or with all nine components."""
+    if stress.size == 9:
+        return stress.reshape(3, 3)
+    return np.asarray(voigt_6_to_full_3x3_stress(stress.ravel()))
 
 
 @dataclass(frozen=True)

@@ -152,11 +152,21 @@ class Trainer:
         loss.backward()
         parts = self._mean_over_ranks({"loss": loss.detach(), **parts})
         if not torch.isfinite(parts["loss"]):
-            raise NotFinite(f"the loss is {float(parts['loss'])} at step {step}; parts: {_numbers(parts)}")
-        if self.settings.gradient_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_clip)
+            raise NotFinite(
+                f"the loss is {float(parts['loss'])} {self._where(step)}; parts: {_numbers(parts)}"
+            )
+        clip = self.settings.gradient_clip if self.settings.gradient_clip is not None else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
+        if not torch.isfinite(norm):
+            raise NotFinite(
+                f"the gradient's norm is {float(norm)} {self._where(step)}; parts: {_numbers(parts)}"
+            )
         self.optimiser.step()
         return parts
+
+    def _where(self, step: int) -> str:
+        indices = draw(len(self.data.labels), self.settings.batch_size, step, (*self.settings.seed, 0))
+        return f"at step {step} on structures {indices} of the labels"
 
     def _term(
         self, data: LabelledSet, size: int, step: int, weight: float, name: str, stream: int

@@ -34,7 +34,7 @@ class CountingEMT(EMT):
         assert atoms is not None
         self.before(atoms)
         super().calculate(atoms, properties, system_changes)
-        append_line(self.calls, repr(self.results["energy"]))
+        append_line(self.calls, repr(float(self.results["energy"])))
 
     def before(self, atoms: Atoms) -> None:
         """What happens before the calculation."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from ase import Atoms
 from ase.calculators.emt import EMT
@@ -98,6 +99,24 @@ def test_equal_structures_in_one_shard_are_paid_for_once(
     summary = label_items([Item.single_point(atoms)] * 3, counting, tmp_path / "shard")
     assert (summary.num_done, summary.num_computed, summary.num_found) == (3, 1, 2)
     assert len(lines_of(tmp_path / "calls")) == 1
+
+
+def test_a_supervisor_that_is_killed_ends_the_run_and_blames_no_structure(
+    tmp_path: Path, counting: Reference, metals: Metals, wait_until_gone: Callable[[list[int]], None]
+) -> None:
+    items = [Item.single_point(atoms) for atoms in metals("Cu", "Ni")]
+    family: list[psutil.Process] = []
+
+    def kill_supervisor(record: Record) -> None:
+        family.extend(psutil.Process().children(recursive=True))
+        family[0].kill()
+
+    with pytest.raises(RuntimeError, match="supervises"):
+        label_items(items, counting, tmp_path / "shard", on_progress=kill_supervisor)
+    assert sorted(read_journals(tmp_path / "shard")) == [0]
+    assert len(family) == 2
+    wait_until_gone([process.pid for process in family])
+    assert label_items(items, counting, tmp_path / "shard", attempt=1).num_done == 2
 
 
 def test_failures_are_tried_again_only_for_the_causes_asked_for(

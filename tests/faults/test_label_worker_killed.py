@@ -111,5 +111,7 @@ def test_killed_at_random_moments_a_shard_ends_as_if_never_disturbed(tmp_path: P
     assert sorted(records) == list(range(NUM_ITEMS))
     assert all(record.done for record in records.values())
     single_points = Counter(repr(r.result.energy) for r in records.values() if isinstance(r.result, Label))
-    assert sum(calls[energy] - 1 for energy in single_points) <= num_kills
+    num_extra_calls = [calls[energy] - 1 for energy in single_points]
+    assert min(num_extra_calls) >= 0
+    assert sum(num_extra_calls) <= num_kills  # at most the item in hand at each kill
     assert results(disturbed) == results(quiet)

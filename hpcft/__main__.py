@@ -1,0 +1,5 @@
+"""python -m hpcft"""
+
+from hpcft.cli.main import main
+
+main()
