@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import stat
 import time
 from collections.abc import Sequence
@@ -15,39 +14,54 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from hpcft import __version__
+from hpcft.campaign.lease import lease
 from hpcft.config.campaign import Campaign, differences
 from hpcft.errors import UserError
 from hpcft.labelling.reference import Reference, build_calculator, unknown_elements
-from hpcft.storage.atomic import write_json
+from hpcft.storage.atomic import write_bytes, write_json
 from hpcft.storage.campaign_folder import CampaignFolder
 from hpcft.storage.structures import read_any, write_structures
 
 FORMAT = 1
 
 
-def open_or_create(campaign: Campaign, source: Path, root: Path) -> CampaignFolder:
+def open_or_create(
+    campaign: Campaign, source: Path, root: Path, *, take_over: bool = False
+) -> CampaignFolder:
     """The campaign's folder, made now or found from an earlier run of the very same campaign.
 
     Raises UserError before anything is written: a folder of another campaign, a folder that others can write,
     structures with an element that the model or the reference does not know, a reference that cannot be built.
+    Raises LeaseHeld while another process makes the same folder; for `take_over` see `lease`.
     """
     folder = CampaignFolder(root.absolute())
+    refuse_hostile_name(folder.root)
     if folder.identity.exists():
-        _refuse_other_campaign(folder, campaign, source)
-        refuse_shared(folder.root)
-        return folder
+        return _opened(folder, campaign, source)
+    if folder.root.exists() and not folder.root.is_dir():
+        raise UserError(f"{root} is a file; name a folder with --dir")
     if folder.root.exists() and any(folder.root.iterdir()) and not _is_unfinished(folder):
         raise UserError(f"{root} exists and is not a campaign folder; name another with --dir, or empty it")
     structures = _read_inputs(campaign)
     _check_elements(campaign, structures)
-    _fill(folder, campaign, source, structures)
+    _make_root(folder.root)
+    with lease(folder.leases, take_over=take_over):
+        if folder.identity.exists():  # by another process, while we read the inputs
+            return _opened(folder, campaign, source)
+        _fill(folder, campaign, source, structures)
+    return folder
+
+
+def _opened(folder: CampaignFolder, campaign: Campaign, source: Path) -> CampaignFolder:
+    _refuse_other_campaign(folder, campaign, source)
+    refuse_shared(folder.root)
     return folder
 
 
 def _is_unfinished(folder: CampaignFolder) -> bool:
     """A creation that was killed half-way left inputs and no identity: it is done again."""
     return all(
-        path.name in ("inputs", "campaign.yaml") or path.name.startswith(".tmp-")
+        path.name in ("inputs", "campaign.yaml", "leases") or path.name.startswith(".tmp-")
         for path in folder.root.iterdir()
     )
 
@@ -62,6 +76,15 @@ def _refuse_other_campaign(folder: CampaignFolder, campaign: Campaign, source: P
         + "\n  ".join(changes[:10])
         + "\nGo on with the old one by `hpcft resume DIR`, or give the new one a folder of its own with --dir."
     )
+
+
+def refuse_hostile_name(root: Path) -> None:
+    """Raises UserError for a path that Slurm or submitit would not take as it is written: it stands in batch scripts."""
+    if not str(root).isprintable() or {"%", "\\"} & set(str(root)):
+        raise UserError(
+            f"the campaign folder {str(root)!r} has a control character, % or a backslash in its path, which Slurm "
+            "would read as something else; name another with --dir"
+        )
 
 
 def refuse_shared(root: Path) -> None:
@@ -103,17 +126,25 @@ def _check_elements(campaign: Campaign, structures: dict[str, Sequence[Atoms]]) 
             raise UserError(f"{name} contains {', '.join(unknown)}, which {wish.calculator} does not know")
 
 
+def _make_root(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        root.chmod(root.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
+    except OSError as error:
+        raise UserError(
+            f"the campaign folder {root} cannot be made ({error.strerror}); name another with --dir"
+        ) from error
+
+
 def _fill(
     folder: CampaignFolder, campaign: Campaign, source: Path, structures: dict[str, Sequence[Atoms]]
 ) -> None:
-    folder.root.mkdir(parents=True, exist_ok=True)
-    folder.root.chmod(folder.root.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
     folder.inputs.mkdir(exist_ok=True)
     foundation = f"foundation{campaign.foundation.suffix}"
-    shutil.copyfile(campaign.foundation, folder.inputs / foundation)
+    write_bytes(folder.inputs / foundation, campaign.foundation.read_bytes())
     for name, group in structures.items():
         write_structures(folder.inputs / f"{name}.h5", [_plain(atoms, name == "replay") for atoms in group])
-    shutil.copyfile(source, folder.root / "campaign.yaml")
+    write_bytes(folder.root / "campaign.yaml", source.read_bytes())
     normalised = campaign.normalised()
     write_json(
         folder.identity,

@@ -95,18 +95,17 @@ def decide(records: Records, observation: Observation, now: float, limits: Limit
         and not _is_settling(stage.latest_attempt(i), now)
     ]
     given_up = [i for i in idle if _is_given_up(stage, i, limits)]
-    ready = [i for i in idle if i not in given_up]
     # A settling task may run for all we know: it takes room, and no verdict is passed on it yet.
     running = len(stage.missing) - len(idle)
     if given_up and not running:
         return [Stop(_why_stopped(stage, given_up))]
-    if given_up or not ready:
+    if given_up or not idle:
         return [Wait(f"{running} running")]
-    room = len(ready) if limits.max_running is None else max(0, limits.max_running - running)
+    room = len(idle) if limits.max_running is None else max(0, limits.max_running - running)
     if room == 0:
-        return [Wait(f"{running} running, {len(ready)} waiting for room")]
+        return [Wait(f"{running} running, {len(idle)} waiting for room")]
     number = 1 + max((a.number for a in stage.attempts), default=0)
-    return [Submit(stage.round, stage.name, tuple(ready[:room]), number)]
+    return [Submit(stage.round, stage.name, tuple(idle[:room]), number)]
 
 
 def _is_settling(attempt: Attempt | None, now: float) -> bool:

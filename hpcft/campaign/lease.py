@@ -37,7 +37,9 @@ def _is_dead(lease: dict[str, Any]) -> bool:
     """Certain only for this host; a process elsewhere counts as alive until the user says otherwise."""
     if lease["host"] != socket.gethostname():
         return False
-    return lease["boot"] != _boot_id() or lease["process_started"] != _process_started(int(lease["pid"]))
+    return bool(
+        lease["boot"] != _boot_id() or lease["process_started"] != _process_started(int(lease["pid"]))
+    )
 
 
 def _process_started(pid: int) -> int | None:

@@ -72,10 +72,14 @@ class Manager:
                 self._sleep(self.site.poll_interval_s)
 
     def step(self) -> Turn:
-        """One turn. The scheduler is asked before the records are read, so a task that ends in between has its result."""
+        """One turn. The scheduler is asked before the records are read, so a task that ends in between has its result.
+
+        The time is that before the question: an answer that took long must not make a submission look settled.
+        """
+        now = self._clock()
         observation = self.scheduler.observe(read_records(self.folder))
         records = read_records(self.folder)
-        actions = decide(records, observation, self._clock(), self._limits)
+        actions = decide(records, observation, now, self._limits)
         for action in actions:
             self._perform(action)
         return Turn(records, observation, tuple(actions))

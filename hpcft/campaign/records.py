@@ -68,7 +68,8 @@ class Records:
 
 def read_records(folder: CampaignFolder) -> Records:
     """Everything up to and including the first stage without a product; UserError naming the file that is damaged."""
-    rounds = int(folder.read_identity()["rounds"])
+    with _naming(folder.identity):
+        rounds = int(folder.read_identity()["rounds"])
     stages: list[StageRecord] = []
     for round_ in range(rounds + 1):
         for name in stages_of(round_):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from hpcft.campaign.lease import holder
@@ -45,5 +47,12 @@ def describe(folder: CampaignFolder) -> dict[str, Any]:
         "tasks": tasks,
         "manager": manager,
         "problems": problems,
-        "results": [vars(result) for result in read_results(folder)],
+        "results": [_without_nan(vars(result)) for result in read_results(folder)],
     }
+
+
+def _without_nan(value: Any) -> Any:
+    """None in the place of each NaN, such as the ends of an interval that one replica cannot give: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(part) for key, part in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

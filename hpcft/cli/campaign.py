@@ -43,7 +43,8 @@ def run(
     chosen = _load_site(site)
     from hpcft.campaign.create import open_or_create
 
-    folder = open_or_create(campaign, campaign_file, directory or Path("runs") / campaign.name)
+    root = directory or Path("runs") / campaign.name
+    folder = open_or_create(campaign, campaign_file, root, take_over=take_over)
     _drive(folder, chosen, take_over)
 
 
@@ -51,24 +52,28 @@ def resume(directory: CampaignDir, site: SiteFile = None, take_over: TakeOver = 
     """Go on with a campaign where it stands; tasks that had been given up get new attempts."""
     folder = CampaignFolder(directory.absolute())
     folder.read_identity()
-    chosen = _load_site(site) if site is not None else _last_site(folder)
-    from hpcft.campaign.create import refuse_shared
-    from hpcft.campaign.manager import record_resume
+    chosen = _load_site(site) if site is not None else _usable(_last_site(folder))
+    from hpcft.campaign.create import refuse_hostile_name, refuse_shared
 
+    refuse_hostile_name(folder.root)
     refuse_shared(folder.root)
-    record_resume(folder, time.time())
-    _drive(folder, chosen, take_over)
+    _drive(folder, chosen, take_over, resumed=True)
 
 
 def _load_site(path: Path | None) -> Site:
-    from hpcft.config.site import default_site, load_site, missing_executables
+    from hpcft.config.site import default_site, load_site
 
-    site = default_site() if path is None else load_site(path)
+    return _usable(default_site() if path is None else load_site(path))
+
+
+def _usable(site: Site) -> Site:
+    from hpcft.config.site import missing_executables
+
     missing = missing_executables(site)
     if missing:
         raise UserError(
             f"site '{site.name}' runs on Slurm, but {', '.join(missing)} cannot be found on this machine. Log in to the "
-            "cluster, or leave out --site to run here."
+            "cluster, or run here with a site whose executor is local: --site FILE."
         )
     return site
 
@@ -80,12 +85,14 @@ def _last_site(folder: CampaignFolder) -> Site:
     return Site.model_validate(read_json(folder.site)) if folder.site.exists() else default_site()
 
 
-def _drive(folder: CampaignFolder, site: Site, take_over: bool) -> None:
+def _drive(folder: CampaignFolder, site: Site, take_over: bool, *, resumed: bool = False) -> None:
     from hpcft.campaign.lease import lease
-    from hpcft.campaign.manager import Manager
+    from hpcft.campaign.manager import Manager, record_resume
     from hpcft.cli.progress import Progress
 
     with lease(folder.leases, take_over=take_over):
+        if resumed:
+            record_resume(folder, time.time())
         manager = Manager(folder, site)
         with Progress(folder) as progress:
             try:
@@ -175,11 +182,12 @@ def status(
 
 def cancel(directory: CampaignDir) -> None:
     """End all running and waiting tasks of a campaign; what is finished stays, and resume goes on."""
-    from hpcft.campaign.manager import Manager
     from hpcft.campaign.records import read_records
+    from hpcft.campaign.scheduler import Scheduler
+    from hpcft.config.campaign import Campaign
 
     folder = CampaignFolder(directory.absolute())
-    folder.read_identity()
-    manager = Manager(folder, _last_site(folder))
-    count = manager.scheduler.cancel_all(read_records(folder))
+    campaign = Campaign.model_validate(folder.read_identity()["config"])
+    scheduler = Scheduler(folder, campaign, _last_site(folder))
+    count = scheduler.cancel_all(read_records(folder))
     typer.echo(f"{count} job{'s' * (count != 1)} cancelled. Go on with: hpcft resume {_short(folder.root)}")

@@ -55,6 +55,8 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
 
 def main() -> None:
     """Run the command line; errors of the user's are one message on stderr, without a traceback."""
+    # Nobody else may write what we make: jobs load pickles from it, and a pickle is code.
+    os.umask(os.umask(0o022) | 0o022)
     try:
         app()
     except tuple(kind for kind, _ in EXIT_CODES) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from hpcft.config.campaign import Resources
 from hpcft.config.site import Site
+from hpcft.errors import SchedulerUnavailable
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -35,12 +38,19 @@ def submit(
 ) -> list[str]:
     """Submit one call of `function` per element, as one array where there are several; returns the job ids.
 
-    On Slurm the jobs are held: release them with `hpcft.cluster.slurm.release` once their ids are recorded.
+    On Slurm the jobs are held: release them with `hpcft.cluster.slurm.release` once their ids are recorded. Raises
+    SchedulerUnavailable when sbatch fails: then the jobs may have been submitted or not.
     """
     spec.folder.mkdir(parents=True, exist_ok=True)
     executor = _executor(site, spec)
     with _environment(_variables(site, spec)):
-        jobs = executor.map_array(function, *zip(*arguments, strict=True))
+        try:
+            jobs = executor.map_array(function, *zip(*arguments, strict=True))
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise SchedulerUnavailable(
+                f"sbatch did not confirm the submission of {spec.name}: {error}\nShould it have arrived all the same, it "
+                "will be found in the queue: go on with hpcft resume."
+            ) from error
     return [str(job.job_id) for job in jobs]
 
 
@@ -75,7 +85,7 @@ def slurm_parameters(site: Site, spec: JobSpec) -> dict[str, Any]:
     additional: dict[str, Any] = {key: value for key, value in asked.options.items() if value is not False}
     additional |= {"hold": True, "requeue": True}
     if spec.resources.memory_GB is not None:
-        additional["mem"] = f"{int(spec.resources.memory_GB * 1024)}M"
+        additional["mem"] = f"{math.ceil(spec.resources.memory_GB * 1024)}M"  # 0 would be the whole node
     parameters: dict[str, Any] = {
         "job_name": spec.name,
         "partition": asked.partition,
@@ -87,7 +97,12 @@ def slurm_parameters(site: Site, spec: JobSpec) -> dict[str, Any]:
         "qos": asked.qos,
         "constraint": asked.constraint,
         "setup": [*_exports(_variables(site, spec)), *site.setup],
-        "srun_args": ["--kill-on-bad-exit=1", *asked.srun_arguments],
+        # Since Slurm 22.05 srun does not inherit the job's CPUs per task.
+        "srun_args": [
+            "--kill-on-bad-exit=1",
+            f"--cpus-per-task={spec.resources.cpus_per_rank}",
+            *asked.srun_arguments,
+        ],
         "additional_parameters": additional,
         # submitit's default wckey is rejected by sites that enforce them.
         "wckey": asked.wckey,

@@ -56,7 +56,10 @@ def queue(name_prefix: str, run: Run = run_command) -> list[QueuedJob]:
     output = run(["squeue", "--me", "--noheader", "--array", "--format=%i|%j|%T|%r"])
     jobs = []
     for line in output.splitlines():
-        job_id, name, state, reason = line.strip().split("|", 3)
+        # Other jobs of this user may have any name, with line breaks too; ours has none of these characters.
+        job_id, _, rest = line.strip().partition("|")
+        name, _, rest = rest.partition("|")
+        state, _, reason = rest.partition("|")
         if name.startswith(name_prefix) and state not in _FINAL:
             jobs.append(QueuedJob(job_id, name, state, reason))
     return jobs

@@ -80,7 +80,7 @@ def main(descriptor: int) -> None:
     try:
         resolve(reference.calculator)
         gc.freeze()  # what the children share would be copied at their first garbage collection
-        worker.send(None)
+        worker.send(folder)
         while True:
             worker.send(supervisor.compute(worker.recv()))
     except UserError as error:

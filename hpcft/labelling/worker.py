@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -120,6 +121,7 @@ class SupervisedCalculator:
         self._scratch = scratch
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
+        self._folder: Path | None = None
 
     def compute(self, item: Item) -> Outcome:
         """The outcome of one item; UserError if the reference cannot be built."""
@@ -144,6 +146,10 @@ class SupervisedCalculator:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        if self._folder is not None:
+            shutil.rmtree(
+                self._folder, ignore_errors=True
+            )  # the supervisor has done it, unless it was killed
 
     def _start(self) -> Connection:
         if self._scratch is not None:
@@ -156,11 +162,11 @@ class SupervisedCalculator:
             self._process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
             )
-        scratch = None if self._scratch is None else str(self._scratch)
-        refusal = self._exchange(connection, (self._reference, scratch))
-        if refusal is not None:
-            assert isinstance(refusal, Refusal)
-            raise UserError(refusal.message)
+        answer = self._exchange(connection, (self._reference, self._scratch))
+        if isinstance(answer, Refusal):
+            raise UserError(answer.message)
+        assert isinstance(answer, Path)
+        self._folder = answer
         return connection
 
     def _exchange(self, connection: Connection, message: object) -> object:

@@ -253,8 +253,8 @@ class _Motion:
     def temperature_r(self) -> Tensor:
         """Instantaneous temperature in K from 3n degrees of freedom (the thermostat moves the centre of mass too)."""
         twice_kinetic_n = (self.mass_n1 * self.velocities_n3**2).sum(-1)
-        freedom_r = 3.0 * self.graph.num_atoms_b
-        zeros = torch.zeros_like(freedom_r, dtype=twice_kinetic_n.dtype)
+        freedom_r = 3.0 * self.graph.num_atoms_b.to(twice_kinetic_n.dtype)
+        zeros = torch.zeros_like(freedom_r)
         summed: Tensor = zeros.index_add(0, self.graph.structure_n, twice_kinetic_n)
         return summed / (freedom_r * float(units.kB))
 

@@ -13,7 +13,16 @@ from hpcft.md.engine import Observe, Replica
 from hpcft.models.files import sha256_of
 from hpcft.models.protocol import Potential
 from hpcft.stages.context import StageContext, Superseded, TaskContext
-from hpcft.storage.trajectory import Trajectory, consolidate, list_segments, read_segment, write_segment
+from hpcft.storage.trajectory import (
+    Trajectory,
+    consolidate,
+    delete_segments,
+    list_segments,
+    read_segment,
+    segment_path,
+    set_aside_uncommitted,
+    write_segment,
+)
 
 
 @dataclass(frozen=True)
@@ -54,12 +63,12 @@ def run_dynamics(
         simulation = Simulation(potential, replicas, settings, guards_of(task.context), observe)
         _run_segments(task.path, simulation, run)
         consolidate(list_segments(task.path), final, _provenance(task, model, settings))
-    for segment in list_segments(task.path):
-        segment.unlink()
+    delete_segments(task.path)
     return _summary(final, replicas)
 
 
 def _run_segments(folder: Path, simulation: Simulation, run: Run) -> None:
+    set_aside_uncommitted(folder)
     segments = list_segments(folder)
     if segments:
         _, checkpoint = read_segment(segments[-1], frames=False)
@@ -70,7 +79,7 @@ def _run_segments(folder: Path, simulation: Simulation, run: Run) -> None:
         steps = min(steps_per_segment, run.steps - number * steps_per_segment)
         blocks = simulation.run(steps, run.frame_every)
         checkpoint = {f"{replica.index:04d}": replica.state() for replica in simulation.replicas}
-        if not write_segment(folder / f"segment-{number:04d}.h5", blocks, checkpoint):
+        if not write_segment(segment_path(folder, number), blocks, checkpoint):
             raise Superseded(f"segment {number} of {folder} was published by another attempt")
 
 

@@ -165,7 +165,7 @@ def _read_rows(datasets: Mapping[str, Any], first: int, last: int) -> dict[str, 
 
 
 def _build(per_structure: dict[str, Any], per_atom: dict[str, Array], info: dict[str, Any]) -> Atoms:
-    atoms = Atoms(per_atom.pop("numbers"), per_atom.pop("positions"), **per_structure)
+    atoms = Atoms(numbers=per_atom.pop("numbers"), positions=per_atom.pop("positions"), **per_structure)
     fixed = per_atom.pop(FIXED, None)
     for key, values in per_atom.items():
         atoms.set_array(key, values)  # copies; not set_momenta, which would zero those of fixed atoms

@@ -58,6 +58,7 @@ class Trajectory:
         self.replicas: list[int] = sorted(int(name) for name in self._file.get("replicas", ()))
         self.provenance: dict[str, Any] = read_attributes(self._file["provenance"])
         self._static: dict[int, dict[str, Array]] = {}
+        self._datasets: dict[tuple[int, str], Any] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -72,7 +73,7 @@ class Trajectory:
         self._stack.close()
 
     def num_frames(self, replica: int) -> int:
-        return len(self._root(replica)[layout.STEP])
+        return len(self._dataset(replica, "step"))
 
     def observable_names(self, replica: int) -> list[str]:
         """Names of the replica's observables for `array`, besides energy and temperature."""
@@ -102,7 +103,9 @@ class Trajectory:
         def value(name: str) -> Any:
             return self._dataset(replica, name)[index % count]
 
-        atoms = Atoms(static["numbers"], value("positions"), cell=value("cell"), pbc=static["pbc"])
+        atoms = Atoms(
+            numbers=static["numbers"], positions=value("positions"), cell=value("cell"), pbc=static["pbc"]
+        )
         if not np.array_equal(static["masses"], atomic_masses[static["numbers"]]):
             atoms.set_masses(static["masses"])
         atoms.set_velocities(value("velocities").astype(np.float64) / units.fs)
@@ -129,12 +132,13 @@ class Trajectory:
         return self._file[layout.replica_path(replica)]
 
     def _dataset(self, replica: int, name: str) -> Any:
-        root = self._root(replica)
-        path = layout.dataset_path(name)
-        if path not in root:
-            known = [*STATIC, *PER_FRAME, *self.observable_names(replica)]
-            raise UserError(f"{self.path}: replica {replica} has no {name!r}; it has {', '.join(known)}.")
-        return root[path]
+        if (replica, name) not in self._datasets:
+            root, path = self._root(replica), layout.dataset_path(name)
+            if path not in root:
+                known = [*STATIC, *PER_FRAME, *self.observable_names(replica)]
+                raise UserError(f"{self.path}: replica {replica} has no {name!r}; it has {', '.join(known)}.")
+            self._datasets[replica, name] = root[path]
+        return self._datasets[replica, name]
 
 
 def write_h5md_view(trajectory_path: Path, replica: int, out: Path) -> None:

@@ -65,7 +65,9 @@ class StreamedDataset:
     def __init__(self, group: Any, name: str, first: Array, expected_rows: int, **options: Any) -> None:
         shape = first.shape[1:]
         row_bytes = max(1, first.dtype.itemsize * int(np.prod(shape)))
-        rows = max(1, min(expected_rows, _CHUNK_BYTES // row_bytes))
+        most_rows = max(1, _CHUNK_BYTES // row_bytes)
+        num_chunks = max(1, -(-expected_rows // most_rows))
+        rows = max(1, -(-expected_rows // num_chunks))  # evenly, because the last chunk is stored whole
         self.dataset = group.create_dataset(
             name,
             shape=(0, *shape),

@@ -22,10 +22,15 @@ from hpcft.labelling.worker import label_items
 
 PSEUDO_DIR = Path("/usr/share/espresso/pseudo")
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("pw.x") is None or not (PSEUDO_DIR / "Si.pz-vbc.UPF").is_file(),
-    reason="needs Quantum ESPRESSO (Debian: quantum-espresso, quantum-espresso-data)",
-)
+
+@pytest.fixture(autouse=True)
+def quantum_espresso() -> None:
+    """The real code, or a failure that says how to get it."""
+    installed = shutil.which("pw.x") is not None and (PSEUDO_DIR / "Si.pz-vbc.UPF").is_file()
+    assert installed, (
+        "needs Quantum ESPRESSO: apt-get install quantum-espresso quantum-espresso-data (or make packages)"
+    )
+
 
 SMEARING = {"input_data": {"occupations": "smearing", "smearing": "mv", "degauss": 0.01}}
 

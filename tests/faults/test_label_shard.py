@@ -112,9 +112,12 @@ def test_a_supervisor_that_is_killed_ends_the_run_and_blames_no_structure(
         family[0].kill()
 
     with pytest.raises(RuntimeError, match="supervises"):
-        label_items(items, counting, tmp_path / "shard", on_progress=kill_supervisor)
+        label_items(
+            items, counting, tmp_path / "shard", scratch=tmp_path / "scratch", on_progress=kill_supervisor
+        )
     assert sorted(read_journals(tmp_path / "shard")) == [0]
     assert len(family) == 2
+    assert list((tmp_path / "scratch").iterdir()) == []
     wait_until_gone([process.pid for process in family])
     assert label_items(items, counting, tmp_path / "shard", attempt=1).num_done == 2
 

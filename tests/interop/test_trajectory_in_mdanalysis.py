@@ -107,7 +107,7 @@ def test_a_frame_is_an_ase_structure_in_ase_units(trajectory: Path) -> None:
 
 @pytest.mark.parametrize("replica", REPLICAS)
 def test_mdanalysis_opens_the_view_of_a_replica_with_units_converted(trajectory: Path, replica: int) -> None:
-    MDAnalysis = pytest.importorskip("MDAnalysis")
+    import MDAnalysis
     from MDAnalysis.coordinates.H5MD import H5MDReader
 
     view = trajectory.parent / "view.h5md"
@@ -134,9 +134,6 @@ def test_mdanalysis_opens_the_view_of_a_replica_with_units_converted(trajectory:
 
 
 def test_ase_opens_the_view_through_znh5md(trajectory: Path) -> None:
-    pytest.importorskip(
-        "znh5md", reason="a reader of others, no dependency of hpcft; its 0.4.8 reads our views"
-    )
     view = trajectory.parent / "view.h5"
     write_h5md_view(trajectory, 7, view)
     frames = ase.io.read(view, ":", format="znh5md")

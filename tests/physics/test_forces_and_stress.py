@@ -109,7 +109,9 @@ def test_energy_and_descriptors_do_not_change_when_a_structure_is_turned_or_perm
         offset += len(atoms)
     before = build_graph(mixed_structures, potential.cutoff)
     after = build_graph(turned, potential.cutoff)
-    np.testing.assert_allclose(potential.energies(after).detach(), potential.energies(before).detach(), atol=1e-11)
+    np.testing.assert_allclose(
+        potential.energies(after).detach(), potential.energies(before).detach(), atol=1e-11
+    )
     features = potential.descriptors(before)
     np.testing.assert_allclose(potential.descriptors(after), features[np.concatenate(orders)], atol=1e-11)
     assert features.std(dim=0).max() > 1e-3

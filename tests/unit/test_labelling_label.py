@@ -20,7 +20,7 @@ from hpcft.labelling.label import compute_label, relax
 class Fixed(Calculator):
     """Gives the results that it is given, for the properties that it is asked for."""
 
-    implemented_properties = ("energy", "forces", "stress")  # type: ignore[assignment]
+    implemented_properties = ("energy", "forces", "stress")
 
     def __init__(self, error: Exception | None = None, **results: Any) -> None:
         super().__init__()

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpcft.campaign.manager import record_resume
+from hpcft.campaign.records import Attempt, Records, StageRecord, intents_of, read_records
+from hpcft.errors import UserError
+from hpcft.storage.atomic import write_json
+from hpcft.storage.campaign_folder import STAGES, STAGES_OF_ROUND_0, CampaignFolder
+
+HALF_WRITTEN = '{"attempt": 2, "tas'
+
+
+def write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
+
+
+def new_campaign(root: Path, rounds: int = 1) -> CampaignFolder:
+    folder = CampaignFolder(root)
+    write(folder.identity, {"name": "small", "rounds": rounds})
+    return folder
+
+
+def intend(folder: CampaignFolder, round_: int, stage: str, number: int, tasks: list[int], at: float) -> None:
+    content = {"attempt": number, "tasks": tasks, "job_name": f"job-{number}", "at": at}
+    write(folder.stage(round_, stage).intent(number), content)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CampaignFolder:
+    """Round 0 is measured; explore of round 1 has three tasks: one done, one failed twice, one with an unknown fate."""
+    folder = new_campaign(tmp_path / "small")
+    for name in STAGES_OF_ROUND_0:
+        stage = folder.stage(0, name)
+        write(stage.plan, {"tasks": [{}]})
+        write(stage.task(0).result, {"frames": 4})
+        write(stage.product, {"from": name})
+    stage = folder.stage(1, "explore")
+    write(stage.plan, {"tasks": [{"replicas": [0]}, {"replicas": [1]}, {"replicas": [2]}]})
+    intend(folder, 1, "explore", 1, [0, 1, 2], 100.0)
+    write(stage.submitted(1), {"job_ids": {"0": "12_0", "1": "12_1", "2": "12_2"}, "at": 101.0})
+    intend(folder, 1, "explore", 2, [1], 200.0)
+    write(stage.submitted(2), {"job_ids": {"1": "13"}, "at": 201.0})
+    intend(folder, 1, "explore", 3, [2], 300.0)
+    write(stage.task(0).result, {"frames": 12})
+    for number in (1, 2):
+        write(stage.task(1).error(number), {"attempt": number, "message": f"no. {number}", "final": False})
+    write(folder.resumes / "0000.json", {"at": 250.0, "round": 1, "stage": "explore", "attempt": 2})
+    return folder
+
+
+def test_everything_up_to_the_stage_in_progress_is_read_back(folder: CampaignFolder) -> None:
+    records = read_records(folder)
+    before = tuple(
+        StageRecord(0, name, 1, (), frozenset({0}), {}, {"from": name}) for name in STAGES_OF_ROUND_0
+    )
+    explore = StageRecord(
+        1,
+        "explore",
+        3,
+        (
+            Attempt(1, (0, 1, 2), "job-1", 100.0, {0: "12_0", 1: "12_1", 2: "12_2"}),
+            Attempt(2, (1,), "job-2", 200.0, {1: "13"}),
+            Attempt(3, (2,), "job-3", 300.0, None),
+        ),
+        frozenset({0}),
+        {
+            1: (
+                {"attempt": 1, "message": "no. 1", "final": False},
+                {"attempt": 2, "message": "no. 2", "final": False},
+            )
+        },
+        None,
+        resumed_after=2,
+    )
+    assert records == Records((*before, explore), rounds=1)
+    assert records.current == explore
+    assert explore.missing == (1, 2)
+
+
+def test_a_new_campaign_has_nothing_but_its_first_stage(tmp_path: Path) -> None:
+    records = read_records(new_campaign(tmp_path))
+    assert records == Records((StageRecord(0, "probe"),), rounds=1)
+    assert records.current == StageRecord(0, "probe")
+
+
+def test_the_stages_come_in_their_order_until_the_last_round_is_evaluated(tmp_path: Path) -> None:
+    folder = new_campaign(tmp_path, rounds=2)
+    expected = [(0, name) for name in STAGES_OF_ROUND_0] + [(r, name) for r in (1, 2) for name in STAGES]
+    seen = []
+    while (stage := read_records(folder).current) is not None:
+        seen.append((stage.round, stage.name))
+        where = folder.stage(stage.round, stage.name)
+        write(where.plan, {"tasks": [{}]})
+        write(where.product, {})
+    assert seen == expected
+    assert len(read_records(folder).stages) == len(expected)
+
+
+def test_only_a_result_record_makes_a_task_done(folder: CampaignFolder) -> None:
+    stage = folder.stage(1, "explore")
+    task = stage.task(2)
+    task.path.mkdir(parents=True)
+    (task.path / "trajectory.h5").write_text("complete, for all that anybody knows")
+    (task.path / ".tmp-0123456789abcdef-result.json").write_text("{}")
+    task.lock.touch()
+    assert read_records(folder).stages[-1].done == {0}
+    write(task.result, {})
+    assert read_records(folder).stages[-1].done == {0, 2}
+
+
+def test_what_a_killed_writer_left_behind_is_no_record(folder: CampaignFolder) -> None:
+    whole = read_records(folder)
+    stage = folder.stage(1, "explore")
+    complete = stage.intent(2).read_text()
+    for path, text in {
+        stage.intent(4): HALF_WRITTEN,
+        stage.intent(2): complete,
+        stage.submitted(3): HALF_WRITTEN,
+        stage.plan: "",
+        stage.product: "{}",
+        stage.task(2).error(3): HALF_WRITTEN,
+        folder.resumes / "0001.json": HALF_WRITTEN,
+        folder.identity: "",
+    }.items():
+        path.parent.mkdir(exist_ok=True)
+        path.with_name(f".tmp-0123456789abcdef-{path.name}").write_text(text)
+    assert read_records(folder) == whole
+    assert [path.name for path in intents_of(stage)] == [f"{n:04d}-intent.json" for n in (1, 2, 3)]
+
+
+RECORDS: dict[str, Callable[[CampaignFolder], Path]] = {
+    "identity": lambda folder: folder.identity,
+    "plan of a finished stage": lambda folder: folder.stage(0, "probe").plan,
+    "product": lambda folder: folder.stage(0, "probe").product,
+    "plan": lambda folder: folder.stage(1, "explore").plan,
+    "intent": lambda folder: folder.stage(1, "explore").intent(2),
+    "submitted": lambda folder: folder.stage(1, "explore").submitted(1),
+    "error": lambda folder: folder.stage(1, "explore").task(1).error(1),
+    "resume": lambda folder: folder.resumes / "0000.json",
+}
+
+
+@pytest.mark.parametrize("which", RECORDS)
+@pytest.mark.parametrize("content", ["", "\0\0\0\0", HALF_WRITTEN, "{} {}"])
+def test_a_damaged_record_is_named(which: str, content: str, folder: CampaignFolder) -> None:
+    path = RECORDS[which](folder)
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_records(folder)
+    assert str(caught.value).startswith(f"{path} ")
+    assert "damaged or edited by hand" in str(caught.value)
+
+
+@pytest.mark.parametrize("which", [name for name in RECORDS if name != "product"])
+@pytest.mark.parametrize("content", [{}, [], 3, None, {"tasks": 3, "attempt": "x", "job_ids": []}])
+def test_a_record_without_its_entries_is_named(which: str, content: Any, folder: CampaignFolder) -> None:
+    path = RECORDS[which](folder)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is not what hpcft wrote there") as caught:
+        read_records(folder)
+    assert str(caught.value).startswith(f"{path} ")
+
+
+def test_a_plan_that_is_gone_behind_its_product_is_named(folder: CampaignFolder) -> None:
+    plan = folder.stage(0, "reference").plan
+    plan.unlink()
+    with pytest.raises(UserError, match="is missing") as caught:
+        read_records(folder)
+    assert str(caught.value).startswith(f"{plan} ")
+
+
+def test_a_folder_without_an_identity_is_no_campaign(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a campaign folder"):
+        read_records(CampaignFolder(tmp_path))
+
+
+def test_a_resume_counts_for_the_stage_that_it_found_and_whatever_the_clocks_say(
+    folder: CampaignFolder,
+) -> None:
+    yesterday = 100.0 - 86400.0  # this host's clock is behind that of the one that submitted
+    record_resume(folder, now=yesterday)
+    stage = read_records(folder).current
+    assert stage is not None
+    assert stage.resumed_after == 3
+    assert [stage.attempts_since_resume(task) for task in (0, 1, 2)] == [0, 0, 0]
+    intend(folder, 1, "explore", 4, [1, 2], at=yesterday)
+    stage = read_records(folder).current
+    assert stage is not None
+    assert [stage.attempts_since_resume(task) for task in (0, 1, 2)] == [0, 1, 1]
+
+    for task in (1, 2):
+        write(folder.stage(1, "explore").task(task).result, {})
+    write(folder.stage(1, "explore").product, {})
+    select = read_records(folder).current
+    assert select is not None
+    assert (select.name, select.resumed_after) == ("select", 0)
+
+
+def test_each_resume_is_a_file_of_its_own_and_the_newest_counts(folder: CampaignFolder) -> None:
+    first = (folder.resumes / "0000.json").read_bytes()
+    record_resume(folder, now=260.0)
+    intend(folder, 1, "explore", 4, [1], at=270.0)
+    record_resume(folder, now=280.0)
+    assert (folder.resumes / "0000.json").read_bytes() == first
+    assert sorted(path.name for path in folder.resumes.iterdir()) == ["0000.json", "0001.json", "0002.json"]
+    stage = read_records(folder).current
+    assert stage is not None
+    assert stage.resumed_after == 4
+
+
+def test_the_latest_attempt_of_a_task_is_the_last_one_that_names_it(folder: CampaignFolder) -> None:
+    stage = read_records(folder).current
+    assert stage is not None
+    assert [stage.latest_attempt(task) for task in (0, 1, 2)] == list(stage.attempts)
+    assert stage.latest_attempt(3) is None
