@@ -14,7 +14,7 @@ from pathlib import Path
 from hpcft import __version__
 from hpcft.campaign.records import intents_of
 from hpcft.cluster.ranks import rank_of_this_process
-from hpcft.errors import LabelError, UserError
+from hpcft.errors import UserError
 from hpcft.storage.atomic import read_json, remove_leftovers, write_json
 from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, TaskFolder
 
