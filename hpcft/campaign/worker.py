@@ -14,7 +14,7 @@ from pathlib import Path
 from hpcft import __version__
 from hpcft.campaign.records import intents_of
 from hpcft.cluster.ranks import rank_of_this_process
-from hpcft.errors import UserError
+from hpcft.errors import CampaignStopped, UserError
 from hpcft.storage.atomic import read_json, remove_leftovers, write_json
 from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, TaskFolder
 
@@ -106,8 +106,7 @@ def _record_error(task: TaskFolder, attempt: int, error: BaseException) -> None:
     content = {
         "attempt": attempt,
         "message": f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error),
-        "final": isinstance(error, UserError | LabelError)
-        or type(error).__name__ in ("CampaignStopped", "NotFinite"),
+        "final": isinstance(error, UserError | CampaignStopped) or type(error).__name__ == "NotFinite",
         "traceback": traceback.format_exc()[-8000:],
         "host": platform.node(),
         "at": time.time(),
