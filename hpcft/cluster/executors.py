@@ -116,7 +116,8 @@ def slurm_parameters(site: Site, spec: JobSpec) -> dict[str, Any]:
 
 def _variables(site: Site, spec: JobSpec) -> dict[str, str]:
     threads = dict.fromkeys(_THREADS, str(spec.resources.cpus_per_rank))
-    return {**threads, **site.environment}
+    # `python -m` would import whatever lies in the current folder: a stray glob.py there breaks every job.
+    return {**threads, "PYTHONSAFEPATH": "1", **site.environment}
 
 
 def _exports(variables: dict[str, str]) -> list[str]:

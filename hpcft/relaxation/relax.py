@@ -86,6 +86,8 @@ def relax(
     current = [atoms.copy() for atoms in structures]
     fire: _Fire | None = None
     for step in range(max_steps + 1):
+        if not active:
+            break
         graph = build_graph([current[i] for i in active], potential.cutoff, dtype=dtype, device=device)
         fire = fire or _Fire.start(graph)
         evaluation = evaluate(potential, graph)
@@ -111,8 +113,6 @@ def relax(
         if done:
             fire = _keep(fire, graph, [b for b in range(len(active)) if b not in done])
             active = [i for b, i in enumerate(active) if b not in done]
-        if not active:
-            break
     return [result for result in results if result is not None]
 
 

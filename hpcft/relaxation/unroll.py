@@ -6,18 +6,19 @@ each step only and computes one step's graph again when the gradient passes thro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from hpcft.models.graph import Graph, rebuild_edges
-from hpcft.models.protocol import Potential, evaluate
+from hpcft.models.protocol import Potential, as_module, evaluate
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Engine = Callable[[Step, Tensor, Tensor, Sequence[Tensor]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class MapSettings:
 def _make_step(potential: Potential, graph: Graph, settings: MapSettings) -> Step:
     def step(positions_n3: Tensor, velocity_n3: Tensor) -> tuple[Tensor, Tensor]:
         here = rebuild_edges(graph.with_positions(positions_n3), potential.cutoff)
-        forces_n3 = evaluate(potential, here, create_graph=True).forces_n3
+        forces_n3 = evaluate(potential, here, create_graph=torch.is_grad_enabled()).forces_n3
         velocity_n3 = settings.momentum * velocity_n3 + settings.step_size * forces_n3
         length = torch.sqrt((velocity_n3**2).sum(-1, keepdim=True) + 1e-30)
         velocity_n3 = velocity_n3 * torch.clamp(settings.max_step / length, max=1.0)
@@ -45,21 +46,45 @@ def _make_step(potential: Potential, graph: Graph, settings: MapSettings) -> Ste
     return step
 
 
-def _plain(step: Step, positions: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
+def _plain(
+    step: Step, positions: Tensor, velocity: Tensor, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     return step(positions, velocity)
 
 
-def _checkpointed(step: Step, positions: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
-    # Non-reentrant: the reentrant kind fails here, or is silently wrong under DDP. One step each: a segment
-    # of several steps uses more memory than no checkpointing at all, because of the double backward.
-    result = checkpoint(step, positions, velocity, use_reentrant=False, preserve_rng_state=False)
+class _Recomputed(torch.autograd.Function):
+    """One step that keeps its inputs only; its graph is built when the gradient passes through it.
+
+    Not `torch.utils.checkpoint`: the reentrant kind is silently wrong under DDP, as the parameters are no
+    inputs of it; the other kind keeps, of every step, what the forces' own gradient left unused.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, step: Step, positions: Tensor, velocity: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.step, ctx.parameters = step, parameters
+        ctx.save_for_backward(positions, velocity)
+        return step(positions.detach(), velocity.detach())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_(True) for tensor in ctx.saved_tensors]
+            outputs = ctx.step(*inputs)
+        wanted = [*inputs, *ctx.parameters]
+        return None, *torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
+
+
+def _checkpointed(
+    step: Step, positions: Tensor, velocity: Tensor, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    result = _Recomputed.apply(step, positions, velocity, *parameters)  # type: ignore[no-untyped-call]
     return cast("tuple[Tensor, Tensor]", result)
 
 
-ENGINES: dict[str, Callable[[Step, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "plain": _plain,
-    "checkpoint": _checkpointed,
-}
+ENGINES: dict[str, Engine] = {"plain": _plain, "checkpoint": _checkpointed}
 
 
 def unroll(potential: Potential, graph: Graph, settings: MapSettings, engine: str = "checkpoint") -> Tensor:
@@ -74,9 +99,10 @@ def unroll(potential: Potential, graph: Graph, settings: MapSettings, engine: st
     step = _make_step(potential, graph, settings)
     positions = graph.positions_n3
     velocity = torch.zeros_like(positions)
+    parameters = [p for p in as_module(potential).parameters() if p.requires_grad]
     with torch.enable_grad():
         if not positions.requires_grad:
             positions = positions.detach().requires_grad_(True)
         for _ in range(settings.steps):
-            positions, velocity = advance(step, positions, velocity)
+            positions, velocity = advance(step, positions, velocity, parameters)
     return positions

@@ -45,7 +45,13 @@ def _panel(axis: Any, results: Sequence[RoundResult], name: str, label: str) -> 
     axis.errorbar(rounds, values, yerr=[below, above], color=_INK, marker="o", capsize=4, linewidth=1.6)
     for round_, value in zip(rounds, values, strict=True):
         axis.annotate(
-            f"{value:.3g}", (round_, value), textcoords="offset points", xytext=(8, 6), fontsize=8, color=_INK
+            f"{value:.3g}",
+            (round_, value),
+            textcoords="offset points",
+            xytext=(8, 6),
+            fontsize=8,
+            color=_INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
         )
     axis.set_title(label, fontsize=10, loc="left")
     axis.set_xticks([row.round for row in results])

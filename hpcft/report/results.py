@@ -28,7 +28,7 @@ METRICS: tuple[tuple[str, str, str], ...] = (
     ("energy_bias_meV_per_atom", "energy bias", "meV/atom"),
     ("force_slope", "force slope", ""),
     ("force_mae_meV_per_A", "force MAE", "meV/Å"),
-    ("delta_q", "ΔQ", "amu½ Å"),
+    ("delta_q", "ΔQ", "√amu Å"),
 )
 
 

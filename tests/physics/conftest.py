@@ -7,16 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.calculator import Calculator, all_changes
+from small_models import small_mace, small_morse
 
 from hpcft.models.graph import build_graph
 from hpcft.models.morse import MorsePotential
 from hpcft.models.protocol import Potential, dtype_of, evaluate
-
-CUTOFF = 4.0  # Å, of both potentials
 
 
 class PotentialCalculator(Calculator):
@@ -47,48 +45,13 @@ def as_calculator() -> Callable[[Potential], Calculator]:
 
 @pytest.fixture
 def morse() -> MorsePotential:
-    """A Morse potential of Al and Cu that tells the two apart in every parameter, float64."""
-    torch.manual_seed(0)
-    potential = MorsePotential([13, 29], cutoff=CUTOFF).double()
-    with torch.no_grad():
-        for parameter in potential.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return potential
+    return small_morse()
 
 
 @pytest.fixture(scope="session")
 def tiny_mace() -> Any:
-    """A MACE of Al and Cu with random weights and vector features, float64; no test may change it."""
-    from hpcft.models.mace import build_mace
-
-    torch.manual_seed(0)
-    block = "RealAgnosticResidualInteractionBlock"
-    return build_mace(
-        {
-            "r_max": CUTOFF,
-            "num_bessel": 4,
-            "num_polynomial_cutoff": 5.0,
-            "max_ell": 2,
-            "interaction_cls": block,
-            "interaction_cls_first": block,
-            "num_interactions": 2,
-            "num_elements": 2,
-            "hidden_irreps": "4x0e+4x1o",
-            "MLP_irreps": "4x0e",
-            "gate": "silu",
-            "readout_cls": "NonLinearReadoutBlock",
-            "atomic_energies": [[1.0, -2.0]],
-            "avg_num_neighbors": 10.0,
-            "atomic_numbers": [13, 29],
-            "correlation": 2,
-            "radial_type": "bessel",
-            "radial_MLP": [8],
-            "atomic_inter_scale": 10.0,
-            "atomic_inter_shift": 0.1,
-            "heads": ["Default"],
-        },
-        torch.float64,
-    )
+    """One for all tests, which must leave it as it is."""
+    return small_mace()
 
 
 @pytest.fixture(params=["morse", "tiny_mace"])

@@ -155,7 +155,7 @@ def test_a_damaged_record_is_named(which: str, content: str, folder: CampaignFol
     with pytest.raises(UserError) as caught:
         read_records(folder)
     assert str(caught.value).startswith(f"{path} ")
-    assert "damaged or edited by hand" in str(caught.value)
+    assert str(caught.value).count("damaged or edited by hand") == 1
 
 
 @pytest.mark.parametrize("which", [name for name in RECORDS if name != "product"])
@@ -198,6 +198,7 @@ def test_a_resume_counts_for_the_stage_that_it_found_and_whatever_the_clocks_say
     for task in (1, 2):
         write(folder.stage(1, "explore").task(task).result, {})
     write(folder.stage(1, "explore").product, {})
+    write(folder.stage(1, "select").plan, {"tasks": [{}]})
     select = read_records(folder).current
     assert select is not None
     assert (select.name, select.resumed_after) == ("select", 0)

@@ -1,0 +1,56 @@
+"""The documentation says what the code says."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hpcft.config.campaign import Reference
+from hpcft.config.site import Site
+
+ROOT = Path(__file__).parents[2]
+
+
+def yaml_examples(name: str) -> list[dict[str, object]]:
+    found = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
+    return [yaml.safe_load(text) for text in found]
+
+
+def test_the_table_of_keys_is_what_the_configuration_s_docstrings_say() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_keys.py"))["text"]()
+    assert (ROOT / "docs" / "keys.md").read_text() == made, "run: python docs/make_keys.py"
+
+
+def test_the_example_of_a_site_is_a_valid_site() -> None:
+    (example,) = yaml_examples("sites.md")
+    site = Site.model_validate(example)
+    assert site.slurm_for("train").gpus_per_rank == 1
+    assert site.slurm_for("label").partition == "cpu"
+
+
+def test_the_example_of_a_reference_is_a_valid_reference() -> None:
+    (example,) = yaml_examples("campaigns.md")
+    Reference.model_validate(example["reference"])
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_every_link_to_a_file_of_the_repository_leads_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    missing = [link for link in links if not ((ROOT / document).parent / link).exists()]
+    assert not missing
+
+
+def test_every_command_that_readme_names_exists() -> None:
+    from typer.testing import CliRunner
+
+    from hpcft.cli.main import app
+
+    commands = set(re.findall(r"hpcft (\w+)", (ROOT / "README.md").read_text()))
+    runner = CliRunner()
+    for command in sorted(commands - {"iterates"}):
+        assert runner.invoke(app, [command, "--help"]).exit_code == 0, command

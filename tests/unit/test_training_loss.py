@@ -1,0 +1,153 @@
+"""The loss against plain numpy, and its division over ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk
+
+from hpcft.models.graph import build_graph
+from hpcft.models.morse import MorsePotential
+from hpcft.models.protocol import evaluate
+from hpcft.relaxation import MapSettings
+from hpcft.training.data import LabelledSet, RelaxationPair, share
+from hpcft.training.loss import Counts, LabelledTerm, Objective, RelaxationTerm, Weights
+
+CUTOFF, DEPTH, WIDTH, LENGTH = 4.0, 0.4, 1.3, 2.5
+MASS = {29: 63.546, 13: 26.9815385}
+WEIGHTS = Weights(energy=3.0, forces=2.0, stress=40.0)
+
+
+@pytest.fixture
+def morse() -> MorsePotential:
+    return MorsePotential([13, 29], CUTOFF, DEPTH, WIDTH, LENGTH).double()
+
+
+def by_hand(positions: np.ndarray) -> tuple[float, np.ndarray]:
+    """Energy and forces of a cluster from the formula, pair by pair."""
+    energy, forces = 0.0, np.zeros_like(positions)
+    for i in range(len(positions)):
+        for j in range(i):
+            d = positions[i] - positions[j]
+            r = np.linalg.norm(d)
+            if r >= CUTOFF:
+                continue
+            x = np.exp(-WIDTH * (r - LENGTH))
+            well, slope = DEPTH * ((1 - x) ** 2 - 1), 2 * DEPTH * WIDTH * (1 - x) * x
+            smooth = 0.5 * (np.cos(np.pi * r / CUTOFF) + 1)
+            smooth_slope = -0.5 * np.pi / CUTOFF * np.sin(np.pi * r / CUTOFF)
+            energy += well * smooth
+            along = -(slope * smooth + well * smooth_slope) * d / r
+            forces[i] += along
+            forces[j] -= along
+    return energy, forces
+
+
+def clusters() -> list[Atoms]:
+    random = np.random.default_rng(0)
+    found = []
+    for count in (2, 4):
+        atoms = Atoms("Cu" * count, positions=np.array([[0, 0, 0], [2.2, 0, 0], [0, 2.4, 0.5], [1, 1, 2]])[:count])
+        atoms.info["REF_energy"] = random.normal()
+        atoms.arrays["REF_forces"] = random.normal(size=(count, 3))
+        found.append(atoms)
+    return found
+
+
+def term_of(data: LabelledSet, indices: list[int], mine: list[int] | None = None) -> LabelledTerm:
+    mine = indices if mine is None else mine
+    return LabelledTerm(data.batch(mine) if mine else None, Counts(len(indices), data.num_atoms(indices)))
+
+
+def test_energies_and_forces_enter_as_mean_squares_per_atom_and_component(morse: MorsePotential) -> None:
+    structures = clusters()
+    data = LabelledSet(structures, CUTOFF, torch.float64)
+    loss, parts = Objective(morse, WEIGHTS)([term_of(data, [0, 1])])
+    energy_errors, force_errors = [], []
+    for atoms in structures:
+        energy, forces = by_hand(atoms.positions)
+        energy_errors.append((energy - atoms.info["REF_energy"]) / len(atoms))
+        force_errors.append((forces - atoms.arrays["REF_forces"]).ravel())
+    energy_part = np.mean(np.square(energy_errors))
+    force_part = np.mean(np.square(np.concatenate(force_errors)))
+    assert float(parts["labels/energy"]) == pytest.approx(energy_part, rel=1e-12)
+    assert float(parts["labels/forces"]) == pytest.approx(force_part, rel=1e-12)
+    assert float(parts["labels/stress"]) == 0.0
+    assert float(loss.detach()) == pytest.approx(3 * energy_part + 2 * force_part, rel=1e-12)
+
+
+def periodic(count: int) -> list[Atoms]:
+    found = []
+    random = np.random.default_rng(1)
+    for number in range(count):
+        atoms = bulk("Cu", a=3.5, cubic=True).repeat((1 + number % 3, 1, 1))
+        atoms.numbers[0] = 13
+        atoms.positions += random.normal(0, 0.1, atoms.positions.shape)
+        atoms.info["REF_energy"] = random.normal()
+        atoms.arrays["REF_forces"] = random.normal(size=(len(atoms), 3))
+        if number != 1:
+            atoms.info["REF_stress"] = random.normal(0, 0.1, 6)
+        found.append(atoms)
+    return found
+
+
+def test_stress_enters_where_it_is_known_and_an_open_structure_beside_it_does_no_harm(morse: MorsePotential) -> None:
+    structures = [*periodic(3), clusters()[0]]
+    data = LabelledSet(structures, CUTOFF, torch.float64)
+    indices = list(range(4))
+    loss, parts = Objective(morse, WEIGHTS)([term_of(data, indices)])
+    total = 0.0
+    for number in (0, 2):
+        predicted = evaluate(morse, build_graph([structures[number]], CUTOFF), stress=True).stress_b33
+        assert predicted is not None
+        xx, yy, zz, yz, xz, xy = structures[number].info["REF_stress"]
+        total += np.sum((predicted[0].numpy() - [[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]]) ** 2)
+    assert float(parts["labels/stress"]) == pytest.approx(total / (9 * 4), rel=1e-12)
+    loss.backward()
+    gradients = [p.grad for p in morse.parameters()]
+    assert all(g is not None and torch.isfinite(g).all() for g in gradients)
+
+
+def test_a_relaxation_enters_as_the_mean_distance_of_its_end(morse: MorsePotential) -> None:
+    starts = [clusters()[1], clusters()[0]]
+    pairs, expected = [], []
+    for number, start in enumerate(starts):
+        end = start.copy()
+        end.positions += np.random.default_rng(number).normal(0, 0.1, end.positions.shape)
+        pairs.append(RelaxationPair(start, end))
+        final = start.positions + 0.05 * by_hand(start.positions)[1]
+        expected.append(np.sqrt(MASS[29] * np.sum((end.positions - final) ** 2)))
+    term = RelaxationTerm(pairs, 2, 0.25, MapSettings(steps=1, step_size=0.05, max_step=10.0))
+    loss, parts = Objective(morse, WEIGHTS)([], term)
+    assert float(parts["relaxation/delta_q"]) == pytest.approx(np.mean(expected), rel=1e-10)
+    assert float(loss.detach()) == pytest.approx(0.25 * np.mean(expected), rel=1e-10)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_the_mean_of_the_ranks_losses_and_gradients_is_that_of_one_process(
+    morse: MorsePotential, world_size: int
+) -> None:
+    data = LabelledSet(periodic(5), CUTOFF, torch.float64)
+    indices = [0, 1, 2, 3, 4]
+    pairs = [RelaxationPair(atoms, atoms) for atoms in periodic(3)]
+    settings = MapSettings(steps=2)
+
+    def loss_and_gradient(ranks: list[int], size: int) -> tuple[float, list[torch.Tensor]]:
+        losses, sums = [], [torch.zeros_like(p) for p in morse.parameters()]
+        for rank in ranks:
+            labelled = [term_of(data, indices, share(indices, rank, size))]
+            relaxation = RelaxationTerm(share(pairs, rank, size), len(pairs), 0.3, settings)
+            loss, _ = Objective(morse, WEIGHTS, size)(labelled, relaxation)
+            losses.append(float(loss.detach()))
+            # Not allow_unused: DDP waits for every parameter, also on a rank whose share is empty.
+            for total, gradient in zip(sums, torch.autograd.grad(loss, list(morse.parameters())), strict=True):
+                total += gradient / size
+        return float(np.mean(losses)), sums
+
+    one, gradient_of_one = loss_and_gradient([0], 1)
+    many, gradient_of_many = loss_and_gradient(list(range(world_size)), world_size)
+    assert many == pytest.approx(one, rel=1e-12)
+    for a, b in zip(gradient_of_one, gradient_of_many, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
