@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from types import TracebackType
 from typing import Self
@@ -24,7 +25,6 @@ class Progress:
         self._status: Status | None = None
         self._started = time.monotonic()
         self._stage_started = self._started
-        self._last = ""
         self._rounds_shown = 0
 
     def __enter__(self) -> Self:
@@ -54,12 +54,11 @@ class Progress:
         stage = turn.records.current
         if stage is None:
             return
-        line = stage_line(stage, len(turn.observation.alive))
+        line = stage_line(stage, len(turn.observation.alive)) + self._epoch(stage.round, stage.name)
         if not turn.observation.known:
             line += " (Slurm does not answer; this is what was last known)"
         if self._status is not None:
             self._status.update(f"{line} · {time.monotonic() - self._stage_started:.0f} s")
-        self._last = line
 
     def _collected(self, action: Collect) -> None:
         seconds = time.monotonic() - self._stage_started
@@ -70,6 +69,15 @@ class Progress:
             for result in results[self._rounds_shown :]:
                 self._print(f"          {_brief(result)}")
             self._rounds_shown = len(results)
+
+    def _epoch(self, round_: int, stage: str) -> str:
+        """Where training stands, from the last line of its metrics."""
+        metrics = self.folder.stage(round_, stage).task(0).path / "metrics.jsonl"
+        if self._status is None or stage != "train" or not metrics.exists():
+            return ""
+        lines = metrics.read_text().splitlines()
+        row = json.loads(lines[-1]) if lines else {}
+        return f" · epoch {row['epoch']:.0f}, loss {row['loss']:.4f}" if row else ""
 
     def _clock(self) -> str:
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)

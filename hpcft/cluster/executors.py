@@ -6,6 +6,8 @@ import contextlib
 import math
 import os
 import shlex
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +45,7 @@ def submit(
     """
     spec.folder.mkdir(parents=True, exist_ok=True)
     executor = _executor(site, spec)
-    with _environment(_variables(site, spec)):
+    with _environment(_variables(site, spec)), _children_ignore_ctrl_c():
         try:
             jobs = executor.map_array(function, *zip(*arguments, strict=True))
         except (FailedJobError, FailedSubmissionError) as error:
@@ -122,6 +124,19 @@ def _variables(site: Site, spec: JobSpec) -> dict[str, str]:
 
 def _exports(variables: dict[str, str]) -> list[str]:
     return [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+
+
+@contextlib.contextmanager
+def _children_ignore_ctrl_c() -> Iterator[None]:
+    """Ctrl-C reaches a terminal's whole foreground group: the manager alone decides what becomes of local tasks."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def cancel_job(job_id: str, folder: Path) -> None:
     family = [process, *process.children(recursive=True)]
     for member in family:
         _signal(member, signal.SIGTERM)
-    _, alive = psutil.wait_procs(family, timeout=3)
+    _, alive = psutil.wait_procs(family, timeout=1)
     for member in alive:
         _signal(member, signal.SIGKILL)
 

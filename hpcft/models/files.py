@@ -108,13 +108,14 @@ def _read_without_code(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         raise UserError(f"there is no model file {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols, of files that are refused anyway
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         return None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is not a model file, or it is damaged: {str(error).splitlines()[0]}"
-        ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is not a model file, or it is damaged: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(
             f"{path} holds no model: it lacks the mark '{FORMAT}'. Was it written by another program?"

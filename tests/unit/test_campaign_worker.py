@@ -37,7 +37,7 @@ STAGE = """
 import os, sys, time, types
 import hpcft.campaign.worker as worker
 import hpcft.stages.registry as registry
-from hpcft.errors import LabelError, UserError
+from hpcft.errors import CampaignStopped, LabelError, UserError
 
 def run(task):
     print("run", task.attempt, dict(task.payload), os.environ["OMP_NUM_THREADS"], flush=True)
@@ -51,7 +51,7 @@ sys.modules["stage_of_this_test"] = types.SimpleNamespace(run=run)
 registry._MODULES["evaluate"] = "stage_of_this_test"
 worker._LOCK_WAIT_S = float(sys.argv[1])
 print(worker.run_task(sys.argv[2], 0, "evaluate", int(sys.argv[3]), int(sys.argv[4])))
-loaded = sorted({"torch", "ase", "numpy", "h5py", "pydantic", "submitit"} & sys.modules.keys())
+loaded = sorted({"torch", "ase", "numpy", "h5py", "submitit"} & sys.modules.keys())
 print("loaded", *loaded)
 """
 
@@ -184,7 +184,8 @@ def test_a_second_execution_waits_for_the_first_to_end(folder: CampaignFolder) -
     ("raised", "message", "final"),
     [
         ("UserError('no such file')", "no such file", True),
-        ("LabelError('scf', 'not converged')", "LabelError: not converged", True),
+        ("CampaignStopped('no labels')", "CampaignStopped: no labels", True),
+        ("LabelError('scf', 'not converged')", "LabelError: not converged", False),
         ("OSError(28, 'No space left on device')", "OSError: [Errno 28] No space left on device", False),
         ("SystemExit('stopped')", "SystemExit: stopped", False),
     ],

@@ -22,7 +22,12 @@ WEIGHTS = Weights(energy=3.0, forces=2.0, stress=40.0)
 
 @pytest.fixture
 def morse() -> MorsePotential:
-    return MorsePotential([13, 29], CUTOFF, DEPTH, WIDTH, LENGTH).double()
+    potential = MorsePotential([13, 29], CUTOFF, DEPTH, WIDTH, LENGTH).double()
+    with torch.no_grad():  # made in single precision
+        potential.log_depth.fill_(np.log(DEPTH))
+        potential.log_width.fill_(np.log(WIDTH))
+        potential.length.fill_(LENGTH)
+    return potential
 
 
 def by_hand(positions: np.ndarray) -> tuple[float, np.ndarray]:
@@ -49,7 +54,9 @@ def clusters() -> list[Atoms]:
     random = np.random.default_rng(0)
     found = []
     for count in (2, 4):
-        atoms = Atoms("Cu" * count, positions=np.array([[0, 0, 0], [2.2, 0, 0], [0, 2.4, 0.5], [1, 1, 2]])[:count])
+        atoms = Atoms(
+            "Cu" * count, positions=np.array([[0, 0, 0], [2.2, 0, 0], [0, 2.4, 0.5], [1, 1, 2]])[:count]
+        )
         atoms.info["REF_energy"] = random.normal()
         atoms.arrays["REF_forces"] = random.normal(size=(count, 3))
         found.append(atoms)
@@ -93,7 +100,9 @@ def periodic(count: int) -> list[Atoms]:
     return found
 
 
-def test_stress_enters_where_it_is_known_and_an_open_structure_beside_it_does_no_harm(morse: MorsePotential) -> None:
+def test_stress_enters_where_it_is_known_and_an_open_structure_beside_it_does_no_harm(
+    morse: MorsePotential,
+) -> None:
     structures = [*periodic(3), clusters()[0]]
     data = LabelledSet(structures, CUTOFF, torch.float64)
     indices = list(range(4))
@@ -142,7 +151,9 @@ def test_the_mean_of_the_ranks_losses_and_gradients_is_that_of_one_process(
             loss, _ = Objective(morse, WEIGHTS, size)(labelled, relaxation)
             losses.append(float(loss.detach()))
             # Not allow_unused: DDP waits for every parameter, also on a rank whose share is empty.
-            for total, gradient in zip(sums, torch.autograd.grad(loss, list(morse.parameters())), strict=True):
+            for total, gradient in zip(
+                sums, torch.autograd.grad(loss, list(morse.parameters())), strict=True
+            ):
                 total += gradient / size
         return float(np.mean(losses)), sums
 

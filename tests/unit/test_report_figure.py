@@ -1,0 +1,109 @@
+"""The figure and the table that a campaign ends with, also where something was not measured."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure
+import pytest
+from rich.console import Console
+
+from hpcft.report.figure import write_figure
+from hpcft.report.results import METRICS, RoundResult, shown
+from hpcft.report.table import results_table
+
+NAN = float("nan")
+FULL = {
+    "energy_bias_meV_per_atom": {"value": -280.3, "low": -300.0, "high": -260.0},
+    "force_slope": {"value": 0.19, "low": 0.15, "high": 0.25},
+    "force_mae_meV_per_A": {"value": 1401.0, "low": 1300.0, "high": 1500.0},
+    "delta_q": {"value": 36.6, "low": NAN, "high": NAN},
+}
+
+
+def result(number: int, metrics: Mapping[str, Mapping[str, float]], exploded: int = 0) -> RoundResult:
+    return RoundResult(number, metrics, 32 * number, 16 * (number + 1), 4, 0, exploded, 100)
+
+
+def without(*names: str) -> dict[str, Any]:
+    return {name: metric for name, metric in FULL.items() if name not in names}
+
+
+CASES: dict[str, list[RoundResult]] = {
+    "all measured": [result(0, FULL), result(1, FULL)],
+    "no relaxations": [result(0, without("delta_q")), result(1, without("delta_q"))],
+    "a round in which every replica exploded": [result(0, without(*FULL)), result(1, FULL)],
+    "one round": [result(0, FULL)],
+    "nothing yet": [],
+    "a value outside of its own interval": [
+        result(0, {"force_slope": {"value": 1.0, "low": 1.1, "high": 1.2}})
+    ],
+}
+
+
+@pytest.mark.parametrize("results", CASES.values(), ids=CASES)
+def test_the_figure_is_a_png_with_four_panels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: list[RoundResult]
+) -> None:
+    figures: list[matplotlib.figure.Figure] = []
+    save = matplotlib.figure.Figure.savefig
+
+    def keep(figure: matplotlib.figure.Figure, *arguments: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+    path = tmp_path / "bias.png"
+    write_figure(results, path, "quickstart", 0.95)
+    (figure,) = figures
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles == [f"{label} ({unit})" if unit else label for _, label, unit in METRICS]
+    assert titles[:2] == ["energy bias (meV/atom)", "force slope"]
+    assert len(titles) == 4
+    for axis, (name, _, _) in zip(figure.axes, METRICS, strict=True):
+        drawn = [text.get_text() for text in axis.texts]
+        assert drawn == [f"{row.metrics[name]['value']:.3g}" for row in results if name in row.metrics]
+    assert width_and_height(path) == (1350, 960)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["bias.png"]
+
+
+def width_and_height(path: Path) -> tuple[int, int]:
+    """Of a PNG whose chunks all have the checksums they should have."""
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    position, names = 8, []
+    while position < len(content):
+        length, name = struct.unpack(">I4s", content[position : position + 8])
+        body = content[position + 4 : position + 8 + length]
+        (checksum,) = struct.unpack(">I", content[position + 8 + length : position + 12 + length])
+        assert zlib.crc32(body) == checksum
+        names.append(name)
+        position += 12 + length
+    assert names[0] == b"IHDR" and names[-1] == b"IEND"
+    return struct.unpack(">II", content[16:24])  # type: ignore[return-value]
+
+
+def test_an_interval_without_ends_shows_its_value_alone_and_no_metric_shows_a_dash() -> None:
+    assert shown(FULL["force_slope"], 2) == "0.19 [0.15, 0.25]"
+    assert shown(FULL["delta_q"], 2) == "36.60"
+    assert shown(None, 2) == "–"
+
+
+def test_the_table_has_a_row_for_each_round_and_counts_labels_and_explosions() -> None:
+    stream = StringIO()
+    table = results_table([result(0, FULL, exploded=7), result(1, without("delta_q"))], 0.95, "quickstart")
+    Console(file=stream, width=200).print(table)
+    text = stream.getvalue()
+    (foundation,) = [line for line in text.splitlines() if "foundation" in line]
+    (first,) = [line for line in text.splitlines() if "round 1" in line]
+    assert all(
+        cell in foundation
+        for cell in ("-280.3 [-300.0, -260.0]", "0.19 [0.15, 0.25]", "36.60", " 7 ", "0 + 16")
+    )
+    assert all(cell in first for cell in ("–", " 0 ", "32 + 32"))
+    assert "95% confidence interval" in text
