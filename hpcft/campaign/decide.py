@@ -24,6 +24,8 @@ class Observation:
 class Limits:
     max_attempts: int = 3
     max_running: int | None = None
+    max_array: int | None = None
+    """Elements of one submission; what is beyond follows in the next."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,9 @@ def decide(records: Records, observation: Observation, now: float, limits: Limit
     room = len(idle) if limits.max_running is None else max(0, limits.max_running - running)
     if room == 0:
         return [Wait(f"{running} running, {len(idle)} waiting for room")]
+    size = room if limits.max_array is None else min(room, limits.max_array)
     number = 1 + max((a.number for a in stage.attempts), default=0)
-    return [Submit(stage.round, stage.name, tuple(idle[:room]), number)]
+    return [Submit(stage.round, stage.name, tuple(idle[:size]), number)]
 
 
 def _is_settling(attempt: Attempt | None, now: float) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from hpcft.campaign.decide import (
     Action,
@@ -57,7 +56,8 @@ class Manager:
         self.campaign = Campaign.model_validate(folder.read_identity()["config"])
         self.scheduler = Scheduler(folder, self.campaign, site)
         self._clock, self._sleep = clock, sleep
-        self._limits = Limits(self.campaign.max_attempts, site.task_limit())
+        largest = site.slurm.max_array_size if site.slurm is not None else None
+        self._limits = Limits(self.campaign.max_attempts, site.task_limit(), largest)
         write_json(folder.site, site.model_dump(mode="json"))
 
     def run(self, on_turn: Callable[[Turn], None] = lambda turn: None) -> None:
@@ -148,7 +148,3 @@ def stage_line(stage: StageRecord, alive: int) -> str:
     if stage.num_tasks is None:
         return f"round {stage.round} {stage.name}: planning"
     return f"round {stage.round} {stage.name}: {len(stage.done)} of {stage.num_tasks} tasks done, {alive} running"
-
-
-def default_root(campaign: Campaign, base: Path) -> Path:
-    return base / "runs" / campaign.name

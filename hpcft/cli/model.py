@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -32,12 +33,15 @@ def pretrain(
 
     recipe = load_recipe(recipe_file)
     import numpy as np
+    import torch
 
     from hpcft.models.files import save_model
     from hpcft.storage.structures import write_extxyz
     from hpcft.training.pretrain import pretrain as make
 
     target = output or recipe_file.with_name(f"{recipe.name}.pt")
+    # More threads than a small model can use make it slower, and another number gives other bits.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     made = make(recipe, typer.echo)
     sha256 = save_model(target, made.potential, {"recipe": recipe.name, **made.validation})
     if replay:

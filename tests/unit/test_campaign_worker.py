@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +33,7 @@ CONFIG: dict[str, Any] = {
 
 # A stage that is as real as any to the worker, and whose task needs nothing but its payload.
 STAGE = """
-import os, sys, time, types
+import os, sys, types
 import hpcft.campaign.worker as worker
 import hpcft.stages.registry as registry
 from hpcft.errors import CampaignStopped, LabelError, UserError
@@ -42,7 +41,7 @@ from hpcft.errors import CampaignStopped, LabelError, UserError
 def run(task):
     print("run", task.attempt, dict(task.payload), os.environ["OMP_NUM_THREADS"], flush=True)
     if task.payload.get("wait"):
-        time.sleep(600)
+        sys.stdin.read()
     if "raise" in task.payload:
         raise eval(task.payload["raise"])
     return {"answer": task.payload["answer"]}
@@ -86,14 +85,16 @@ def element(folder: CampaignFolder, index: int, attempt: int, *, lock_wait_s: fl
 
 def run(folder: CampaignFolder, index: int, attempt: int) -> tuple[list[str], str]:
     """What the element printed, and the last line of its error output."""
-    done = subprocess.run(element(folder, index, attempt), capture_output=True, text=True, check=False)
+    argv = element(folder, index, attempt)
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     return done.stdout.splitlines(), (done.stderr.splitlines() or [""])[-1]
 
 
 @contextmanager
 def running(folder: CampaignFolder, index: int, attempt: int) -> Iterator[subprocess.Popen[str]]:
     """An element in the midst of its task, killed at the end."""
-    with subprocess.Popen(element(folder, index, attempt), stdout=subprocess.PIPE, text=True) as process:
+    argv, pipe = element(folder, index, attempt), subprocess.PIPE
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("run ")
         try:
@@ -143,6 +144,7 @@ def test_what_a_killed_manager_left_of_an_intent_supersedes_nothing(folder: Camp
         (stage.path / "attempts" / name).write_text(text)
     assert is_current(stage, 0, 1)
     assert not is_current(stage, 0, 2)
+    assert not is_current(stage, 3, 3)
 
 
 def test_only_the_newest_intent_that_names_the_task_counts(folder: CampaignFolder) -> None:
@@ -172,12 +174,23 @@ def test_a_task_that_another_process_runs_is_left_to_it_until_that_one_is_killed
 def test_a_second_execution_waits_for_the_first_to_end(folder: CampaignFolder) -> None:
     plan(folder, {"answer": 40, "wait": True})
     with running(folder, 0, 1) as first:
-        second = subprocess.Popen(element(folder, 0, 1, lock_wait_s=300.0), stdout=subprocess.PIPE, text=True)
-        with second:
+        argv = element(folder, 0, 1, lock_wait_s=300.0)
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as second:
             assert second.stdout is not None
+            looks = 0
+            while looks < 3 and second.poll() is None:
+                time.sleep(0.05)
+                looks += has_open(second.pid, folder.stage(0, "evaluate").task(0).lock)
             plan(folder, {"answer": 40})
-            os.kill(first.pid, signal.SIGKILL)
+            first.kill()
             assert second.stdout.readline() == "run 1 {'answer': 40} 3\n"
+
+
+def has_open(pid: int, path: Path) -> bool:
+    try:
+        return any(link.readlink() == path for link in Path(f"/proc/{pid}/fd").iterdir())
+    except FileNotFoundError:  # a file that was closed while we looked
+        return False
 
 
 @pytest.mark.parametrize(

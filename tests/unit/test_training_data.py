@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import ase.io
@@ -44,7 +45,7 @@ def test_every_pass_draws_each_item_once_whatever_the_batch_and_the_ranks(
     for step in range(num_steps):
         batch = draw(num_items, batch_size, step, seed)
         shares = [share(batch, rank, ranks) for rank in range(ranks)]
-        assert sorted(sum(shares, [])) == sorted(batch)
+        assert sorted(chain(*shares)) == sorted(batch)
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         stream += batch
     for number in range(3):
