@@ -40,9 +40,10 @@ def open_or_create(
         return _opened(folder, campaign, source)
     if folder.root.exists() and not folder.root.is_dir():
         raise UserError(f"{root} is a file; name a folder with --dir")
-    if folder.root.exists() and any(folder.root.iterdir()) and not _is_unfinished(folder):
+    if folder.root.exists() and not _is_unfinished(folder):
         raise UserError(f"{root} exists and is not a campaign folder; name another with --dir, or empty it")
     structures = _read_inputs(campaign)
+    _check_replay(structures.get("replay", ()))
     _check_elements(campaign, structures)
     _make_root(folder.root)
     with lease(folder.leases, take_over=take_over):
@@ -59,7 +60,7 @@ def _opened(folder: CampaignFolder, campaign: Campaign, source: Path) -> Campaig
 
 
 def _is_unfinished(folder: CampaignFolder) -> bool:
-    """A creation that was killed half-way left inputs and no identity: it is done again."""
+    """Empty, or a creation that was killed half-way: it left inputs and no identity, and is done again."""
     return all(
         path.name in ("inputs", "campaign.yaml", "leases") or path.name.startswith(".tmp-")
         for path in folder.root.iterdir()
@@ -105,6 +106,15 @@ def _read_inputs(campaign: Campaign) -> dict[str, Sequence[Atoms]]:
     if campaign.train.replay is not None:
         wanted["replay"] = campaign.train.replay.file
     return {name: read_any(path) for name, path in wanted.items()}
+
+
+def _check_replay(structures: Sequence[Atoms]) -> None:
+    for index, atoms in enumerate(structures):
+        if "REF_energy" not in atoms.info or "REF_forces" not in atoms.arrays:
+            raise UserError(
+                f"structure {index} of train.replay.file has no REF_energy or no REF_forces, so it cannot be replayed; "
+                "write its labels under these keys"
+            )
 
 
 def _check_elements(campaign: Campaign, structures: dict[str, Sequence[Atoms]]) -> None:

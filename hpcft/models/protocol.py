@@ -89,9 +89,8 @@ def evaluate(
     if strain is not None:
         virial = gradients[1] if gradients[1] is not None else torch.zeros_like(strain)
         volume_b = torch.linalg.det(graph.cell_b33).abs()
-        volume_b = torch.where(
-            volume_b > 0, volume_b, torch.inf
-        )  # no cell, no stress, and no NaN in the loss
+        # Without a cell no stress, and no NaN that a mask could not take out of the loss's gradient.
+        volume_b = torch.where(volume_b > 0, volume_b, torch.inf)
         stress_b33 = 0.5 * (virial + virial.transpose(1, 2)) / volume_b[:, None, None]
     if not create_graph:
         energies_b, forces_n3 = energies_b.detach(), forces_n3.detach()

@@ -93,6 +93,26 @@ def test_a_batch_gives_the_results_of_its_structures_one_by_one(
         )
 
 
+def test_a_supercell_has_the_energy_of_its_cells_wherever_its_atoms_are_written_down(
+    potential: Potential, mixed_structures: list[Atoms]
+) -> None:
+    cells = [atoms for atoms in mixed_structures if atoms.pbc.any() and len(atoms) < 8]
+    assert len(cells) == 3
+    random = np.random.default_rng(0)
+    repeats, others = [], []
+    for atoms in cells:
+        repeats.append(np.where(atoms.pbc, [2, 3, 2], 1))
+        other = atoms.repeat(repeats[-1])
+        other.positions += (random.integers(-2, 3, other.positions.shape) * other.pbc) @ other.cell.array
+        others.append(other)
+    before, after = (evaluate(potential, build_graph(a, potential.cutoff)) for a in (cells, others))
+    expected = before.energies_b.numpy() * [np.prod(repeat) for repeat in repeats]
+    np.testing.assert_allclose(after.energies_b.numpy(), expected, atol=1e-10)
+    lengths = [len(atoms) for atoms in cells]
+    tiled = [np.tile(f, (np.prod(r), 1)) for f, r in zip(before.forces_n3.split(lengths), repeats, strict=True)]
+    np.testing.assert_allclose(after.forces_n3.numpy(), np.concatenate(tiled), atol=1e-10)
+
+
 def test_energy_and_descriptors_do_not_change_when_a_structure_is_turned_or_permuted(
     potential: Potential, mixed_structures: list[Atoms]
 ) -> None:

@@ -111,6 +111,16 @@ def test_a_list_with_a_skin_gives_the_edges_of_a_fresh_list_all_along_a_trajecto
     assert 4 < neighbours.num_builds < num_steps / 2
 
 
+def test_two_atoms_that_meet_head_on_see_each_other_in_time() -> None:
+    """Each moves less than the skin, together they cross it: the list must go by half of it."""
+    cutoff, skin = 4.0, 1.0
+    atoms = Atoms("Cu2", positions=[[0, 0, 0], [cutoff + 1.4 * skin, 0, 0]])
+    neighbours = VerletList([atoms], cutoff, skin=skin, dtype=torch.float64, device="cpu")
+    assert pairs_of(neighbours.graph_at(None)) == []
+    atoms.positions += [[0.75 * skin, 0, 0], [-0.75 * skin, 0, 0]]
+    assert pairs_of(neighbours.graph_at(torch.from_numpy(atoms.positions))) == [(0, 1, 0, 0, 0), (1, 0, 0, 0, 0)]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_replica_that_is_no_longer_finite_leaves_the_others_a_fresh_list(
     make_alloy: Callable[..., Atoms], bad: float

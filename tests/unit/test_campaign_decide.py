@@ -224,6 +224,25 @@ def test_no_more_tasks_run_than_the_site_allows(
     assert decided(records, alive(*running), Limits(max_running=limit)) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        (Limits(max_array=2), submit(1, 0, 1)),
+        (Limits(max_array=3), submit(1, 0, 1, 2)),
+        (Limits(max_array=4), submit(1, 0, 1, 2)),
+        (Limits(max_array=2, max_running=1), submit(1, 0)),
+        (Limits(max_array=1, max_running=2), submit(1, 0)),
+    ],
+)
+def test_no_array_is_larger_than_the_site_allows(limits: Limits, expected: Action) -> None:
+    assert decided(label(), QUIET, limits) == [expected]
+
+
+def test_what_does_not_fit_into_one_array_follows_in_the_next() -> None:
+    records = label(attempt(1, 0, 1))
+    assert decided(records, alive(0, 1), Limits(max_array=2)) == [submit(2, 2)]
+
+
 def test_a_submission_that_may_have_arrived_takes_room_like_one_that_runs() -> None:
     records = label(attempt(1, 0, recorded=False, age_s=1.0))
     assert decided(records, QUIET, Limits(max_running=1)) == [Wait("1 running, 2 waiting for room")]

@@ -121,6 +121,8 @@ def check_submission(machine: Machine, action: Submit, observation: Observation,
         assert not any(e["final"] and e["attempt"] in since for e in stage.errors.get(task, ()))
     if limits.max_running is not None:
         assert len(machine.jobs) + len(action.tasks) <= limits.max_running
+    if limits.max_array is not None:
+        assert len(action.tasks) <= limits.max_array
 
 
 def check_stop(machine: Machine, action: Stop, limits: Limits) -> None:
@@ -196,27 +198,29 @@ def drive(machine: Machine, limits: Limits, resumes: int) -> tuple[str, int]:
 
 counts = st.lists(st.integers(1, 4), min_size=len(STAGES), max_size=len(STAGES))
 scripts = st.lists(st.integers(0, 419), max_size=150)
+few = st.one_of(st.none(), st.integers(1, 3))
+bounds = st.builds(Limits, st.integers(1, 3), few, few)
 
 
 @settings(max_examples=250, deadline=None)
-@given(counts, scripts, st.integers(1, 3), st.one_of(st.none(), st.integers(1, 3)), st.integers(0, 2))
-@example([1, 1, 1, 1], [], 1, 1, 0)
+@given(counts, scripts, bounds, st.integers(0, 2))
+@example([1, 1, 1, 1], [], Limits(1, 1), 0)
 def test_a_campaign_on_a_faulty_machine_runs_no_task_twice_and_ends_with_all_results_or_a_justified_stop(
-    num_tasks: list[int], script: list[int], max_attempts: int, max_running: int | None, resumes: int
+    num_tasks: list[int], script: list[int], limits: Limits, resumes: int
 ) -> None:
     machine = Machine(num_tasks, list(script))
-    end, _ = drive(machine, Limits(max_attempts, max_running), resumes)
+    end, _ = drive(machine, limits, resumes)
     assert end in ("finished", "stopped")
     if not script:
         assert end == "finished"
 
 
 @settings(max_examples=100, deadline=None)
-@given(counts, scripts, st.integers(1, 3), st.one_of(st.none(), st.integers(1, 3)))
+@given(counts, scripts, bounds)
 def test_a_user_who_resumes_often_enough_comes_to_the_end(
-    num_tasks: list[int], script: list[int], max_attempts: int, max_running: int | None
+    num_tasks: list[int], script: list[int], limits: Limits
 ) -> None:
     machine = Machine(num_tasks, list(script))
-    end, resumed = drive(machine, Limits(max_attempts, max_running), resumes=len(script))
+    end, resumed = drive(machine, limits, resumes=len(script))
     assert end == "finished"
     assert resumed <= len(script)
