@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
 from hpcft import __version__
-from hpcft.campaign.lease import lease
+from hpcft.campaign.lease import holder, lease
 from hpcft.config.campaign import Campaign, differences
 from hpcft.errors import UserError
 from hpcft.labelling.reference import Reference, build_calculator, unknown_elements
@@ -45,6 +46,7 @@ def open_or_create(
     structures = _read_inputs(campaign)
     _check_replay(structures.get("replay", ()))
     _check_elements(campaign, structures)
+    _check_plain(structures)
     _make_root(folder.root)
     with lease(folder.leases, take_over=take_over):
         if folder.identity.exists():  # by another process, while we read the inputs
@@ -56,15 +58,19 @@ def open_or_create(
 def _opened(folder: CampaignFolder, campaign: Campaign, source: Path) -> CampaignFolder:
     _refuse_other_campaign(folder, campaign, source)
     refuse_shared(folder.root)
+    identity = folder.read_identity()
+    wanted = campaign.model_dump(mode="json")
+    if identity["config"] != wanted and holder(folder.leases) is None:
+        # Time limits, memory, attempts, tolerance: what may change while a campaign goes on.
+        write_json(folder.identity, {**identity, "config": wanted})
     return folder
 
 
 def _is_unfinished(folder: CampaignFolder) -> bool:
     """Empty, or a creation that was killed half-way: it left inputs and no identity, and is done again."""
-    return all(
-        path.name in ("inputs", "campaign.yaml", "leases") or path.name.startswith(".tmp-")
-        for path in folder.root.iterdir()
-    )
+    names = {path.name for path in folder.root.iterdir() if not path.name.startswith(".tmp-")}
+    # The lease is the first thing that a creation makes: without one these are somebody's own files.
+    return not names or ("leases" in names and names <= {"inputs", "campaign.yaml", "leases"})
 
 
 def _refuse_other_campaign(folder: CampaignFolder, campaign: Campaign, source: Path) -> None:
@@ -134,6 +140,27 @@ def _check_elements(campaign: Campaign, structures: dict[str, Sequence[Atoms]]) 
             )
         if name != "replay" and (unknown := unknown_elements(reference, numbers)):
             raise UserError(f"{name} contains {', '.join(unknown)}, which {wish.calculator} does not know")
+
+
+def _check_plain(structures: dict[str, Sequence[Atoms]]) -> None:
+    """What MD, selection and labels would silently drop is refused."""
+    for name, group in structures.items():
+        for index, atoms in enumerate(group):
+            carried = [
+                what
+                for what, is_there in (
+                    ("constraints", bool(atoms.constraints)),
+                    ("initial magnetic moments", np.any(atoms.get_initial_magnetic_moments())),
+                    ("initial charges", np.any(atoms.get_initial_charges())),
+                    ("masses of its own", atoms.has("masses")),
+                )
+                if is_there
+            ]
+            if carried:
+                raise UserError(
+                    f"structure {index} of {name} carries {', '.join(carried)}, which a campaign does not keep yet; its "
+                    "results would be those of another system. Remove them if that is what you mean."
+                )
 
 
 def _make_root(root: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from hpcft.campaign.decide import (
     Action,
@@ -28,8 +29,8 @@ from hpcft.config.site import Site
 from hpcft.errors import CampaignStopped, LeaseHeld
 from hpcft.stages.context import StageContext
 from hpcft.stages.registry import stage_named
-from hpcft.storage.atomic import create_json_once, write_json
-from hpcft.storage.campaign_folder import CampaignFolder
+from hpcft.storage.atomic import create_json_once, read_json, write_json
+from hpcft.storage.campaign_folder import RETRY_FAILURES, CampaignFolder, StageFolder
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,6 @@ class Manager:
         self.campaign = Campaign.model_validate(folder.read_identity()["config"])
         self.scheduler = Scheduler(folder, self.campaign, site)
         self._clock, self._sleep = clock, sleep
-        largest = site.slurm.max_array_size if site.slurm is not None else None
-        self._limits = Limits(self.campaign.max_attempts, site.task_limit(), largest)
         write_json(folder.site, site.model_dump(mode="json"))
 
     def run(self, on_turn: Callable[[Turn], None] = lambda turn: None) -> None:
@@ -79,10 +78,21 @@ class Manager:
         now = self._clock()
         observation = self.scheduler.observe(read_records(self.folder))
         records = read_records(self.folder)
-        actions = decide(records, observation, now, self._limits)
+        actions = decide(records, observation, now, self._limits(records.current))
         for action in actions:
             self._perform(action)
         return Turn(records, observation, tuple(actions))
+
+    def _limits(self, stage: StageRecord | None) -> Limits:
+        if stage is None:
+            return Limits(self.campaign.max_attempts)
+        name: Any = stage.name
+        if self.site.executor == "slurm":
+            asked = self.site.slurm_for(name)
+            return Limits(self.campaign.max_attempts, self.site.task_limit(), asked.max_array_size)
+        cores = stage_named(name).ranks(self.campaign) * self.campaign.resources_for(name).cpus_per_rank
+        room = self.site.max_running_tasks or max(1, (self.site.task_limit() or 1) // cores)
+        return Limits(self.campaign.max_attempts, room)
 
     def _perform(self, action: Action) -> None:
         if isinstance(action, Plan | Submit | Collect) and not is_mine(self.folder.leases):
@@ -131,10 +141,12 @@ class Manager:
 
 
 def record_resume(folder: CampaignFolder, now: float) -> None:
-    """Note that the user wants to go on: tasks that were given up get a new set of attempts."""
+    """Note that the user wants to go on: tasks that were given up get a new set of attempts, failed labels another try."""
     stage = read_records(folder).current
     if stage is None:
         return
+    if stage.num_tasks and not stage.missing:
+        _reopen_tasks_with_failures(folder.stage(stage.round, stage.name), stage.num_tasks)
     newest = max((attempt.number for attempt in stage.attempts), default=0)
     marker = {"at": now, "round": stage.round, "stage": stage.name, "attempt": newest}
     folder.resumes.mkdir(exist_ok=True)
@@ -143,8 +155,16 @@ def record_resume(folder: CampaignFolder, now: float) -> None:
         number += 1
 
 
+def _reopen_tasks_with_failures(where: StageFolder, num_tasks: int) -> None:
+    """All tasks are done, yet the stage could not be collected: those that report failures are run again."""
+    for task in map(where.task, range(num_tasks)):
+        if read_json(task.result).get("failed"):
+            write_json(task.path / RETRY_FAILURES, {})
+            task.result.rename(task.path / f"result-before-{time.time_ns()}.json")
+
+
 def stage_line(stage: StageRecord, alive: int) -> str:
     """One plain line about a stage, for logs and pipes."""
     if stage.num_tasks is None:
         return f"round {stage.round} {stage.name}: planning"
-    return f"round {stage.round} {stage.name}: {len(stage.done)} of {stage.num_tasks} tasks done, {alive} running"
+    return f"round {stage.round} {stage.name}: {len(stage.done)} of {stage.num_tasks} tasks done, {alive} waiting or running"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from hpcft.campaign.decide import Observation
@@ -45,21 +46,13 @@ class Scheduler:
         if job_ids and self.site.executor == "slurm":
             slurm.cancel(job_ids)
 
-    def cancel_all(self, records: Records) -> int:
+    def cancel_all(self) -> int:
         """End everything of this campaign that waits or runs; returns how many jobs that were."""
         if self.site.executor == "slurm":
             jobs = [job.job_id for job in slurm.queue(self._prefix)]
             self.cancel(jobs)
             return len(jobs)
-        count = 0
-        stage = records.current
-        for attempt in stage.attempts if stage else ():
-            folder = self.folder.stage(stage.round, stage.name).logs(attempt.number)  # type: ignore[union-attr]
-            for job_id in (attempt.job_ids or {}).values():
-                if local.job_is_alive(job_id, folder):
-                    local.cancel_job(job_id, folder)
-                    count += 1
-        return count
+        return local.cancel_below(self.folder.root)
 
     def observe(self, records: Records) -> Observation:
         """What waits or runs now; `known` is False when Slurm did not answer."""
@@ -109,7 +102,8 @@ class Scheduler:
                 if job.is_held:
                     held.append(job.job_id)
         if held:
-            self.release(held)
+            with contextlib.suppress(SchedulerUnavailable):  # the next look tries again
+                self.release(held)
         return Observation(frozenset(alive), True, tuple(strays))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hpcft.storage.campaign_folder import StageFolder
 
 # All of it can be had again from what stays: labels are in the shards, the trained weights in the model.
-_IN_TASKS = ("lock", "journal-*.jsonl", "checkpoint-*.pt", "segment-*.h5", ".tmp-*")
+_IN_TASKS = ("lock", "journal-*.jsonl", "checkpoint-*.pt", "segment-*.h5*", "rendezvous-*.json", ".tmp-*")
 
 
 def tidy(stage: StageFolder) -> None:

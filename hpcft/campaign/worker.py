@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import platform
 import time
 import traceback
@@ -15,7 +14,7 @@ from hpcft import __version__
 from hpcft.campaign.records import intents_of
 from hpcft.cluster.ranks import rank_of_this_process
 from hpcft.errors import CampaignStopped, UserError
-from hpcft.storage.atomic import read_json, remove_leftovers, write_json
+from hpcft.storage.atomic import create_json_once, read_json, remove_leftovers
 from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, TaskFolder
 
 _LOCK_WAIT_S = 30.0
@@ -50,7 +49,6 @@ def _run(folder: CampaignFolder, round_: int, stage: str, index: int, attempt: i
     rank = rank_of_this_process(attempt)
     identity = folder.read_identity()
     campaign = Campaign.model_validate(identity["config"])
-    _set_threads(campaign.resources_for(stage).cpus_per_rank)  # type: ignore[arg-type]
     device = str(read_json(folder.site)["device"])
     context = StageContext(folder, campaign, round_, stage, device)
     where = context.here.task(index)
@@ -66,7 +64,9 @@ def _run(folder: CampaignFolder, round_: int, stage: str, index: int, attempt: i
             "host": platform.node(),
             "hpcft_version": __version__,
         }
-        write_json(where.result, {**outcome, "about": about})
+        if not is_current(context.here, index, attempt):
+            return "superseded"
+        create_json_once(where.result, {**outcome, "about": about})
     return "done"
 
 
@@ -112,10 +112,5 @@ def _record_error(task: TaskFolder, attempt: int, error: BaseException) -> None:
         "at": time.time(),
     }
     with contextlib.suppress(OSError):
-        write_json(task.error(attempt), content)
-
-
-def _set_threads(count: int) -> None:
-    """Threads from the allocation: more of them than cores is slower by an order of magnitude."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(count)
+        # The first rank to fail names the cause; the others only lose their connection to it.
+        create_json_once(task.error(attempt), content)

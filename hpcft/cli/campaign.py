@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpcft.errors import UserError
+from hpcft.errors import LeaseHeld, UserError
 from hpcft.storage.campaign_folder import CampaignFolder
 
 if TYPE_CHECKING:
@@ -40,10 +40,12 @@ def run(
     from hpcft.config.campaign import load_campaign
 
     campaign = load_campaign(campaign_file)
-    chosen = _load_site(site)
+    root = directory or Path("runs") / campaign.name
+    known = CampaignFolder(root.absolute())
+    # Without --site a campaign goes on where it ran: its Slurm jobs must not be run again on the login node.
+    chosen = _last_site(known) if site is None else _load_site(site)
     from hpcft.campaign.create import open_or_create
 
-    root = directory or Path("runs") / campaign.name
     folder = open_or_create(campaign, campaign_file, root, take_over=take_over)
     _drive(folder, chosen, take_over)
 
@@ -104,10 +106,11 @@ def _drive(folder: CampaignFolder, site: Site, take_over: bool, *, resumed: bool
 
 
 def _stop_local_tasks(manager: Manager, site: Site) -> None:
-    from hpcft.campaign.records import read_records
+    from hpcft.campaign.manager import record_resume
 
     if site.executor == "local":
-        manager.scheduler.cancel_all(read_records(manager.folder))
+        manager.scheduler.cancel_all()
+        record_resume(manager.folder, time.time())  # what was interrupted has not failed
         typer.echo("\nInterrupted; everything finished is kept. ", nl=False, err=True)
     else:
         typer.echo("\nInterrupted; the jobs on Slurm go on. ", nl=False, err=True)
@@ -182,12 +185,20 @@ def status(
 
 def cancel(directory: CampaignDir) -> None:
     """End all running and waiting tasks of a campaign; what is finished stays, and resume goes on."""
-    from hpcft.campaign.records import read_records
+    from hpcft.campaign.lease import holder
+    from hpcft.campaign.manager import record_resume
     from hpcft.campaign.scheduler import Scheduler
     from hpcft.config.campaign import Campaign
 
     folder = CampaignFolder(directory.absolute())
     campaign = Campaign.model_validate(folder.read_identity()["config"])
     scheduler = Scheduler(folder, campaign, _last_site(folder))
-    count = scheduler.cancel_all(read_records(folder))
+    manager = holder(folder.leases)
+    if manager is not None:
+        raise LeaseHeld(
+            f"process {manager['pid']} on {manager['host']} drives this campaign and would submit its tasks again; end that "
+            "process first, then cancel"
+        )
+    count = scheduler.cancel_all()
+    record_resume(folder, time.time())  # what was cancelled has not failed
     typer.echo(f"{count} job{'s' * (count != 1)} cancelled. Go on with: hpcft resume {_short(folder.root)}")

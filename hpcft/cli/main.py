@@ -65,3 +65,7 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        # A full disk, a folder without permission: the system's word and the file are all there is to say.
+        print(f"hpcft: {error}. What is finished is kept; mend it and go on.", file=sys.stderr)
+        sys.exit(1)

@@ -40,6 +40,8 @@ def pretrain(
     from hpcft.training.pretrain import pretrain as make
 
     target = output or recipe_file.with_name(f"{recipe.name}.pt")
+    if not target.parent.is_dir():
+        raise UserError(f"there is no folder {target.parent} to write {target.name} to")
     # More threads than a small model can use make it slower, and another number gives other bits.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     made = make(recipe, typer.echo)
@@ -64,11 +66,17 @@ def import_(model_file: ModelFile) -> None:
     if not model_file.is_file():
         raise UserError(f"there is no model file {model_file}")
     from hpcft.models.files import load_model, sha256_of
-    from hpcft.models.trust import trust, trust_file
+    from hpcft.models.trust import distrust, is_trusted, trust, trust_file
 
     sha256 = sha256_of(model_file)
+    known = is_trusted(sha256)
     trust(sha256, model_file)
-    potential = load_model(model_file)
+    try:
+        potential = load_model(model_file)
+    except UserError:
+        if not known:
+            distrust(sha256)
+        raise
     typer.echo(f"trusted: SHA-256 {sha256} (recorded in {trust_file()}); {len(potential.elements)} elements")
 
 
@@ -79,6 +87,8 @@ def export(
     """Write an ordinary MACE file, for MACECalculator and LAMMPS."""
     from hpcft.models.files import export_mace, load_model
 
+    if not output.parent.is_dir():
+        raise UserError(f"there is no folder {output.parent} to write {output.name} to")
     export_mace(load_model(model_file), output)
     typer.echo(f"{output}: use it as MACECalculator(model_paths='{output}')")
 

@@ -10,7 +10,7 @@ from typing import Self
 from rich.console import Console
 from rich.status import Status
 
-from hpcft.campaign.decide import Collect, Stop, Submit
+from hpcft.campaign.decide import Collect, Submit
 from hpcft.campaign.manager import Turn, stage_line
 from hpcft.report.results import METRICS, RoundResult, read_results, shown
 from hpcft.storage.campaign_folder import CampaignFolder
@@ -43,14 +43,13 @@ class Progress:
 
     def show(self, turn: Turn) -> None:
         for action in turn.actions:
-            if isinstance(action, Submit) and action.attempt > 1:
+            current = turn.records.current
+            if isinstance(action, Submit) and current and any(map(current.latest_attempt, action.tasks)):
                 self._print(
                     f"round {action.round} {action.stage}: tasks {list(action.tasks)} again, attempt {action.attempt}"
                 )
             if isinstance(action, Collect):
                 self._collected(action)
-            if isinstance(action, Stop):
-                return
         stage = turn.records.current
         if stage is None:
             return
@@ -75,9 +74,11 @@ class Progress:
         metrics = self.folder.stage(round_, stage).task(0).path / "metrics.jsonl"
         if self._status is None or stage != "train" or not metrics.exists():
             return ""
-        lines = metrics.read_text().splitlines()
-        row = json.loads(lines[-1]) if lines else {}
-        return f" · epoch {row['epoch']:.0f}, loss {row['loss']:.4f}" if row else ""
+        try:
+            row = json.loads(metrics.read_text().splitlines()[-1])
+        except (ValueError, IndexError):
+            return ""
+        return f" · epoch {row['epoch']:.0f}, loss {row['loss']:.4f}"
 
     def _clock(self) -> str:
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)

@@ -20,6 +20,7 @@ from hpcft.config.campaign import Resources
 from hpcft.config.site import Site
 from hpcft.errors import SchedulerUnavailable
 
+_ALL = 1_000_000
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -111,8 +112,8 @@ def slurm_parameters(site: Site, spec: JobSpec) -> dict[str, Any]:
     }
     if asked.gpus_per_rank:
         parameters["gpus_per_node"] = asked.gpus_per_rank * spec.ranks
-    if asked.array_parallelism is not None:
-        parameters["array_parallelism"] = asked.array_parallelism
+    # submitit's own default would hold an array to 256 elements at once.
+    parameters["array_parallelism"] = asked.array_parallelism or _ALL
     return {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
 
 

@@ -27,17 +27,39 @@ def lock_is_held(path: Path) -> bool:
         return False
 
 
-def cancel_job(job_id: str, folder: Path) -> None:
-    """End a local job and everything it has started."""
-    process = _controller(job_id, folder)
-    if process is None:
-        return
-    family = [process, *process.children(recursive=True)]
-    for member in family:
+def cancel_below(root: Path) -> int:
+    """End every local job whose files are below `root`, and all that it has started; returns how many jobs."""
+    mine = [process for process in psutil.process_iter() if _is_job_below(process, root)]
+    num_jobs = sum(1 for process in mine if "submitit.local._local" in _arguments(process))
+    family = {process.pid: process for job in mine for process in [job, *_children(job)]}
+    for member in family.values():
         _signal(member, signal.SIGTERM)
-    _, alive = psutil.wait_procs(family, timeout=1)
+    _, alive = psutil.wait_procs(list(family.values()), timeout=1)
     for member in alive:
         _signal(member, signal.SIGKILL)
+    return num_jobs
+
+
+def _is_job_below(process: psutil.Process, root: Path) -> bool:
+    """A submitit process (controller or rank) of a submission folder below `root`."""
+    arguments = _arguments(process)
+    return any(a.startswith("submitit.") for a in arguments) and any(
+        Path(a).is_relative_to(root) for a in arguments if a.startswith("/")
+    )
+
+
+def _arguments(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return []
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _controller(job_id: str, folder: Path) -> psutil.Process | None:

@@ -48,7 +48,7 @@ class QueuedJob:
 
     @property
     def is_held(self) -> bool:
-        return self.state == "PENDING" and self.reason in ("JobHeldUser", "JobHeldAdmin")
+        return self.state == "PENDING" and self.reason == "JobHeldUser"
 
 
 def queue(name_prefix: str, run: Run = run_command) -> list[QueuedJob]:

@@ -154,7 +154,7 @@ class Label(Section):
     shards: Count = 1
     """Tasks over which the frames are spread."""
     tolerated_failures: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Fraction of the frames that may fail for good before the campaign stops."""
+    """Fraction of a stage's reference calculations that may fail for good before the campaign stops."""
     resources: Resources = Resources()
     """What one task asks of the machine."""
 
@@ -170,8 +170,6 @@ class Relaxations(Section):
     """Largest force on an atom at which a structure counts as relaxed, in eV/Å."""
     max_steps: Count = 300
     """Steps after which a relaxation gives up."""
-    resources: Resources = Resources()
-    """What one task asks of the machine."""
 
     def _problems(self) -> Iterator[tuple[KeyPath, str]]:
         if self.train is not None and self.train == self.test:
@@ -250,7 +248,7 @@ class Train(Optimisation):
     steps_per_epoch: Count | None = None
     """Optimiser steps in an epoch; left out: one pass over the labels."""
     precision: Literal["float32", "float64"] = "float32"
-    """Floating-point type of the model and its training."""
+    """Floating-point type of the training and of the model file; MD and relaxations run in float32."""
     replay: Replay | None = None
     """Structures mixed in against forgetting; left out: none."""
     relaxation: RelaxationTraining | None = None
@@ -346,7 +344,7 @@ class Campaign(Section):
 
     def resources_for(self, stage: StageName) -> Resources:
         """What one task of the stage asks of the machine."""
-        section = self.relaxations if stage == "reference" else getattr(self, stage)
+        section = self.label if stage == "reference" else getattr(self, stage)
         resources: Resources = section.resources
         return resources
 
@@ -370,8 +368,13 @@ class Campaign(Section):
         return content
 
     def fingerprint(self) -> str:
-        """SHA-256 of the normalised content: equal for the same campaign, wherever its files are."""
-        canonical = json.dumps(self.normalised(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        """SHA-256 of what decides the results: equal for the same campaign, wherever its files are.
+
+        Time limits, memory, attempts and tolerance are left out: they may change while a campaign goes on.
+        """
+        canonical = json.dumps(
+            _decisive(self.normalised()), sort_keys=True, separators=(",", ":"), allow_nan=False
+        )
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def _problems(self) -> Iterator[tuple[KeyPath, str]]:
@@ -384,6 +387,16 @@ class Campaign(Section):
         if self.explore.num_frames * (1 - self.select.exclude_first) < 1 - _ROUNDING:
             problem = f"leaves none of the {self.explore.num_frames} frames that a replica stores"
             yield ("select", "exclude_first"), f"{problem}; lower it, or raise explore.steps"
+
+
+def _decisive(content: dict[str, Any]) -> dict[str, Any]:
+    """Normalised content without the keys that only say how patiently and with what resources it is computed."""
+    kept = {
+        key: _decisive(value) if isinstance(value, dict) else value
+        for key, value in content.items()
+        if key not in ("max_attempts", "tolerated_failures", "time_limit_s", "time_min", "memory_GB")
+    }
+    return kept
 
 
 def load_campaign(path: Path) -> Campaign:

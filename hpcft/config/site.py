@@ -126,7 +126,7 @@ class Slurm(Section):
     array_parallelism: Count | None = None
     """Elements of one array that run at once; left out: all."""
     max_array_size: Count | None = None
-    """The site's MaxArraySize; left out: Slurm is asked."""
+    """Elements of one array at most (the site's MaxArraySize); left out: a stage is one array, whatever its size."""
 
 
 class StageSlurm(Slurm):

@@ -113,7 +113,16 @@ def _read_without_code(path: Path) -> dict[str, Any] | None:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         return None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+    ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is not a model file, or it is damaged: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -149,7 +158,10 @@ def _load_pickled(path: Path) -> Potential:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Allowed: the user has recorded this very file's SHA-256.
-        model = torch.load(path, map_location="cpu", weights_only=False)
+        try:
+            model = torch.load(path, map_location="cpu", weights_only=False)
+        except Exception as error:  # a pickle may fail in any way
+            raise UserError(f"{path} cannot be loaded as a model: {type(error).__name__}: {error}") from error
     return MacePotential(model)
 
 

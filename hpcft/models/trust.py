@@ -33,3 +33,10 @@ def trust(sha256: str, file: Path) -> None:
     models[sha256] = {"file": str(file.resolve())}
     trust_file().parent.mkdir(parents=True, exist_ok=True)
     write_json(trust_file(), models)
+
+
+def distrust(sha256: str) -> None:
+    """Forget a hash."""
+    models = trusted_models()
+    if models.pop(sha256, None) is not None:
+        write_json(trust_file(), models)

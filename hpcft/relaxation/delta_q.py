@@ -5,8 +5,10 @@ Shape suffixes: n atoms of the whole batch, b structures.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from ase.data import atomic_masses
+from ase.geometry import find_mic
 from torch import Tensor
 
 from hpcft.models.graph import Graph
@@ -16,14 +18,19 @@ _FLOOR = 1e-12
 
 
 def minimum_image(vectors_n3: Tensor, graph: Graph) -> Tensor:
-    """The shortest equivalent by whole cell vectors along periodic directions (whole fractional turns removed)."""
-    cell_b33 = graph.cell_b33.detach()
-    periodic_b3 = graph.periodic_b3
-    eye = torch.eye(3, dtype=cell_b33.dtype, device=cell_b33.device).expand_as(cell_b33)
-    safe = torch.where(periodic_b3[:, :, None], cell_b33, eye)
-    fractional = torch.einsum("ni,nij->nj", vectors_n3.detach(), torch.linalg.inv(safe)[graph.structure_n])
-    turns = torch.round(fractional) * periodic_b3[graph.structure_n]
-    return vectors_n3 - torch.einsum("ni,nij->nj", turns, safe[graph.structure_n])
+    """The shortest periodic image of each vector, exact in skewed cells too (`ase.geometry.find_mic`).
+
+    The choice of image is a constant for the gradient.
+    """
+    vectors = vectors_n3.detach().cpu().double().numpy()
+    cells = graph.cell_b33.detach().cpu().double().numpy()
+    periodic = graph.periodic_b3.cpu().numpy()
+    structure = graph.structure_n.cpu().numpy()
+    shifts = np.zeros_like(vectors)
+    for b in np.flatnonzero(periodic.any(axis=1)):
+        mine = structure == b
+        shifts[mine] = find_mic(vectors[mine], cells[b], periodic[b])[0] - vectors[mine]
+    return vectors_n3 + torch.as_tensor(shifts, dtype=vectors_n3.dtype, device=vectors_n3.device)
 
 
 def delta_q(final_n3: Tensor, target_n3: Tensor, graph: Graph) -> Tensor:

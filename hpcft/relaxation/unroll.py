@@ -1,7 +1,7 @@
 """The relaxation map X(t+1) = X(t) + eta F(X(t)), differentiable from end to end (arXiv 2512.01067).
 
-Back-propagation through k steps (BPTT) would keep k graphs; the `checkpoint` engine keeps the positions of
-each step only and computes one step's graph again when the gradient passes through it.
+Back-propagation through k steps (BPTT) would keep k graphs. The engines `checkpoint` and `adjoint` keep the
+positions of each step and compute its graph again when the gradient passes through it; all give one answer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from hpcft.models.graph import Graph, rebuild_edges
 from hpcft.models.protocol import Potential, as_module, evaluate
@@ -55,8 +56,7 @@ def _plain(
 class _Recomputed(torch.autograd.Function):
     """One step that keeps its inputs only; its graph is built when the gradient passes through it.
 
-    Not `torch.utils.checkpoint`: the reentrant kind is silently wrong under DDP, as the parameters are no
-    inputs of it; the other kind keeps, of every step, what the forces' own gradient left unused.
+    The parameters are inputs of the function, so their gradients reach DDP's hooks like any other's.
     """
 
     @staticmethod
@@ -80,14 +80,24 @@ class _Recomputed(torch.autograd.Function):
 def _checkpointed(
     step: Step, positions: Tensor, velocity: Tensor, parameters: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
+    # Non-reentrant: the reentrant kind fails here, or is silently wrong under DDP. One step each: a segment of
+    # several steps uses more memory than none, because of the double backward. It still keeps, of every step,
+    # what the forces' own gradient left unused: `adjoint` is flatter.
+    result = checkpoint(step, positions, velocity, use_reentrant=False, preserve_rng_state=False)
+    return cast("tuple[Tensor, Tensor]", result)
+
+
+def _adjoint(
+    step: Step, positions: Tensor, velocity: Tensor, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     result = _Recomputed.apply(step, positions, velocity, *parameters)  # type: ignore[no-untyped-call]
     return cast("tuple[Tensor, Tensor]", result)
 
 
-ENGINES: dict[str, Engine] = {"plain": _plain, "checkpoint": _checkpointed}
+ENGINES: dict[str, Engine] = {"plain": _plain, "checkpoint": _checkpointed, "adjoint": _adjoint}
 
 
-def unroll(potential: Potential, graph: Graph, settings: MapSettings, engine: str = "checkpoint") -> Tensor:
+def unroll(potential: Potential, graph: Graph, settings: MapSettings, engine: str = "adjoint") -> Tensor:
     """Positions after `settings.steps` steps, [n, 3] Å, differentiable in the model's parameters and the start.
 
     The neighbour list is built again at every step, so that atoms may come into and leave the cutoff.

@@ -47,7 +47,7 @@ def read_results(folder: CampaignFolder) -> list[RoundResult]:
                 continue
             failed += int(product["failed"])
             relaxations += int(product["relaxations"])
-            frames = int(product["items"]) - int(product["relaxations"])
+            frames = int(product["frames_done"])
             training, judging = (
                 (training + frames, judging) if name == "label" else (training, judging + frames)
             )

@@ -34,9 +34,11 @@ class Run:
     segment_frames: int
 
 
-def guards_of(context: StageContext) -> Guards:
+def guards_of(context: StageContext, temperature_K: float) -> Guards:
+    """Explore's guards; the limit of the temperature in proportion where the thermostat is set higher or lower."""
     explore = context.campaign.explore
-    return Guards(max_temperature_K=explore.temperature_limit_K, min_distance=explore.min_distance)
+    limit = explore.temperature_limit_K * temperature_K / explore.temperature_K
+    return Guards(max_temperature_K=limit, min_distance=explore.min_distance)
 
 
 def langevin_of(context: StageContext, temperature_K: float) -> LangevinSettings:
@@ -60,7 +62,9 @@ def run_dynamics(
     """
     final = task.path / "trajectory.h5"
     if not final.exists():
-        simulation = Simulation(potential, replicas, settings, guards_of(task.context), observe)
+        simulation = Simulation(
+            potential, replicas, settings, guards_of(task.context, settings.temperature_K), observe
+        )
         _run_segments(task.path, simulation, run)
         consolidate(list_segments(task.path), final, _provenance(task, model, settings))
     delete_segments(task.path)

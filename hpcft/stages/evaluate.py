@@ -8,10 +8,14 @@ import numpy as np
 
 from hpcft.bias import FramePair, Interval, bias_metrics, interval_of_mean
 from hpcft.config.campaign import Campaign
+from hpcft.errors import CampaignStopped
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.labels import label_outcomes, relaxation_pairs_by_index
 from hpcft.stages.sharing import probe_frames
 from hpcft.storage.structures import read_structures
+
+MAX_BIAS_MEV = 3000.0
+"""meV/atom. Wrong MD of a foundation has shown up to 0.5 eV/atom; another zero of energy is tens of eV/atom."""
 
 
 def ranks(campaign: Campaign) -> int:
@@ -86,4 +90,13 @@ def _delta_q(context: StageContext) -> tuple[list[float], int]:
 
 
 def collect(context: StageContext) -> dict[str, Any]:
-    return context.results()[0]
+    """The metrics; stops before round 1 when foundation and reference do not share a zero of energy."""
+    result = context.results()[0]
+    bias = result["metrics"].get("energy_bias_meV_per_atom")
+    if context.round == 0 and bias is not None and abs(bias["value"]) > MAX_BIAS_MEV:
+        raise CampaignStopped(
+            f"the foundation's energies are {bias['value'] / 1e3:.1f} eV/atom away from the reference's. That is no bias but "
+            "another zero of energy (other pseudopotentials or isolated-atom energies), and training would be spent on it. "
+            "Use a reference with the foundation's zero: hpcft does not align them yet."
+        )
+    return result

@@ -9,12 +9,16 @@ from typing import Any
 from ase import Atoms
 
 from hpcft.errors import CampaignStopped
+from hpcft.labelling.causes import Failure
 from hpcft.labelling.item import Item, item_key
+from hpcft.labelling.journal import read_journals
+from hpcft.labelling.label import Label
 from hpcft.labelling.reference import Reference
-from hpcft.labelling.shard import finish_shard
+from hpcft.labelling.shard import finish_shard, read_shard
 from hpcft.labelling.store import LabelStore
 from hpcft.labelling.worker import label_items
 from hpcft.stages.context import StageContext, TaskContext
+from hpcft.storage.campaign_folder import RETRY_FAILURES
 from hpcft.storage.structures import count_structures, read_structures
 
 
@@ -56,13 +60,19 @@ def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str
     store = LabelStore(context.folder.labels)
     known = store.find([item_key(item, reference) for item in items])
     start = time.monotonic()
-    summary = label_items(items, reference, task.path, known=known, attempt=task.attempt)
+    retry = task.path / RETRY_FAILURES
+    failed = [r.result for r in read_journals(task.path).values() if isinstance(r.result, Failure)]
+    causes = {failure.cause for failure in failed} if retry.exists() else {"interrupted"}
+    summary = label_items(items, reference, task.path, known=known, attempt=task.attempt, retry_causes=causes)
     finish_shard(task.path, {"campaign": context.campaign.name, "reference": reference.calculator})
     store.register(task.path)
+    retry.unlink(missing_ok=True)
+    num_frames = sum(isinstance(record.result, Label) for record in read_shard(task.path))
     return {
         "items": summary.num_items,
         "done": summary.num_done,
         "failed": summary.num_failed,
+        "frames_done": num_frames,
         "causes": dict(summary.causes),
         "wall_s": time.monotonic() - start,
     }
@@ -88,8 +98,17 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
             f"{failed} of {items} reference calculations of round {context.round}, stage {context.stage} failed "
             f"({', '.join(f'{n} x {cause}' for cause, n in sorted(causes.items()))}), more than "
             f"label.tolerated_failures = {tolerated:g} allows. Each cause is in failures.json of its task, under "
-            f"{context.here.path}."
+            f"{context.here.path}. `hpcft resume` tries the failed ones again; a higher tolerance in the campaign file and "
+            "`hpcft run` goes on without them."
         )
     done = sum(result["done"] for result in results)
     relaxations = sum(len(payload["relaxations"]) for payload in context.plan())
-    return {"items": items, "done": done, "failed": failed, "causes": causes, "relaxations": relaxations}
+    frames = sum(result["frames_done"] for result in results)
+    return {
+        "items": items,
+        "done": done,
+        "failed": failed,
+        "causes": causes,
+        "relaxations": relaxations,
+        "frames_done": frames,
+    }

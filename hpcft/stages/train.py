@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hpcft.config.campaign import Campaign
 from hpcft.errors import CampaignStopped
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.labels import relaxation_pairs_by_index, training_labels
+from hpcft.storage.atomic import write_text
 from hpcft.storage.structures import read_structures
 
 if TYPE_CHECKING:
-    from hpcft.training.trainer import TrainingData, TrainingSettings
+    from hpcft.training.trainer import Trainer, TrainingData, TrainingSettings
 
 
 def ranks(campaign: Campaign) -> int:
@@ -39,7 +40,7 @@ def run(task: TaskContext) -> dict[str, Any]:
     data = _data(context, potential.cutoff, dtype)
     with process_group(task.rank, task.path, device):
         trainer = Trainer(potential, data, _settings(context), task.rank)
-        history = trainer.run(task.path, _log_to(task.path, task.rank.is_first))
+        history = trainer.run(task.path, _log_to(task, trainer))
     final = task.path / "model.pt"
     if task.rank.is_first:
         provenance = {
@@ -60,13 +61,13 @@ def run(task: TaskContext) -> dict[str, Any]:
     }
 
 
-def _log_to(folder: Path, is_first: bool) -> Any:
-    """Appends each finished epoch to metrics.jsonl; an epoch after a kill may stand there twice, checkpoints decide."""
+def _log_to(task: TaskContext, trainer: Trainer) -> Callable[[dict[str, float]], None]:
+    """Keeps metrics.jsonl equal to the history, epoch by epoch: one line each, whatever was killed in between."""
 
     def on_epoch(row: dict[str, float]) -> None:
-        if is_first:
-            with (folder / "metrics.jsonl").open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
+        if task.rank.is_first:
+            lines = "".join(json.dumps(epoch) + "\n" for epoch in trainer.history)
+            write_text(task.path / "metrics.jsonl", lines)
 
     return on_epoch
 
@@ -88,6 +89,11 @@ def _data(context: StageContext, cutoff: float, dtype: Any) -> TrainingData:
     if context.campaign.train.relaxation is not None:
         ends = relaxation_pairs_by_index(context, "label", 1)
         pairs = [RelaxationPair(start, relaxed) for start, relaxed in ends.values()]
+        if not pairs:
+            raise CampaignStopped(
+                "train.relaxation has nothing to learn from: no reference relaxation of round 1 converged. Raise "
+                "relaxations.max_steps or relaxations.fmax, or leave train.relaxation out, in a new campaign."
+            )
     return TrainingData(LabelledSet(structures, cutoff, dtype, "the labels"), replay, pairs)
 
 

@@ -13,6 +13,9 @@ STAGES = ("explore", "select", "label", "train", "probe", "reference", "evaluate
 # Round 0 has no training: it measures the bias of the foundation model itself.
 STAGES_OF_ROUND_0 = ("probe", "reference", "evaluate")
 
+# A file in a task's folder: the user wants what has failed there to be tried again.
+RETRY_FAILURES = "retry-failures.json"
+
 
 def stages_of(round_: int) -> tuple[str, ...]:
     return STAGES_OF_ROUND_0 if round_ == 0 else STAGES

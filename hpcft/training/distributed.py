@@ -53,7 +53,7 @@ def process_group(rank: Rank, folder: Path, device: torch.device, timeout_s: flo
     else:
         address = _wait_for(address_file, timeout_s)
         store = TCPStore(str(address["host"]), int(str(address["port"])), rank.world_size, False, timeout)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if _each_rank_has_its_own_gpu(store, rank, device) else "gloo"
     dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=timeout)
     try:
         yield
@@ -62,6 +62,17 @@ def process_group(rank: Rank, folder: Path, device: torch.device, timeout_s: flo
         dist.destroy_process_group()
         if rank.is_first:
             address_file.unlink(missing_ok=True)
+
+
+def _each_rank_has_its_own_gpu(store: TCPStore, rank: Rank, device: torch.device) -> bool:
+    """All ranks agree on the answer. NCCL refuses two ranks on one GPU; gloo does not."""
+    mine = "cpu"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        mine = f"{socket.gethostname()} {getattr(properties, 'uuid', device.index)}"
+    store.set(f"device-{rank.rank}", mine)
+    devices = {store.get(f"device-{other}") for other in range(rank.world_size)}
+    return len(devices) == rank.world_size and device.type == "cuda"
 
 
 def _wait_for(path: Path, timeout_s: float) -> dict[str, object]:

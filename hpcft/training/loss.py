@@ -52,7 +52,7 @@ class RelaxationTerm:
     count: int
     weight: float
     map: MapSettings = field(default_factory=MapSettings)
-    engine: str = "checkpoint"
+    engine: str = "adjoint"
 
 
 class Objective(torch.nn.Module):

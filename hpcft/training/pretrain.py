@@ -15,8 +15,9 @@ from ase.calculators.calculator import Calculator
 from ase.data import atomic_numbers
 
 from hpcft.config.pretrain import Recipe
+from hpcft.errors import UserError
 from hpcft.labelling.label import compute_label
-from hpcft.labelling.reference import Reference, build_calculator
+from hpcft.labelling.reference import Reference, build_calculator, unknown_elements
 from hpcft.models.graph import build_graph
 from hpcft.models.mace import MacePotential, build_mace
 from hpcft.models.protocol import Potential, evaluate
@@ -38,6 +39,13 @@ class Pretrained:
 def pretrain(recipe: Recipe, progress: Callable[[str], None] = print) -> Pretrained:
     """Make, label and learn the crystals of `recipe`; the same recipe gives the same model on the same machine."""
     reference = Reference(recipe.reference.calculator, recipe.reference.arguments, recipe.reference.elements)
+    unknown = unknown_elements(reference, [atomic_numbers[symbol] for symbol in recipe.elements])
+    if unknown:
+        raise UserError(
+            f"{recipe.reference.calculator} does not know {', '.join(unknown)}; take them out of elements"
+        )
+    if recipe.train.ranks != 1:
+        raise UserError("pretraining runs on one rank; leave train.ranks out of the recipe")
     with tempfile.TemporaryDirectory() as scratch:
         calculator = build_calculator(reference, Path(scratch))
         structures = labelled_crystals(recipe, calculator)
@@ -77,19 +85,18 @@ def _isolated_energy(symbol: str, calculator: Calculator) -> float:
 
 
 def _configuration(recipe: Recipe, isolated: dict[str, float], training: Sequence[Atoms]) -> dict[str, Any]:
-    """MACE's settings. The shift is zero, so that an atom alone has exactly its isolated-atom energy."""
+    """MACE's settings. An atom alone has exactly its isolated-atom energy: no shift, no residual in the first layer."""
     numbers = sorted(atomic_numbers[symbol] for symbol in recipe.elements)
     by_number = {atomic_numbers[symbol]: energy for symbol, energy in isolated.items()}
     forces = np.concatenate([atoms.arrays["REF_forces"] for atoms in training])
     graph = build_graph(list(training[:64]), recipe.model.cutoff)
-    block = "RealAgnosticResidualInteractionBlock"
     return {
         "r_max": recipe.model.cutoff,
         "num_bessel": recipe.model.radial_features,
         "num_polynomial_cutoff": 5.0,
         "max_ell": recipe.model.max_ell,
-        "interaction_cls": block,
-        "interaction_cls_first": block,
+        "interaction_cls": "RealAgnosticResidualInteractionBlock",
+        "interaction_cls_first": "RealAgnosticInteractionBlock",
         "num_interactions": recipe.model.num_layers,
         "num_elements": len(numbers),
         "hidden_irreps": recipe.model.hidden_irreps,

@@ -121,3 +121,17 @@ def lines_of(path: Path) -> list[str]:
 def broken_factory(**arguments: Any) -> EMT:
     """Rejects whatever it gets."""
     raise ValueError(f"cannot work with {sorted(arguments)}")
+
+
+class LicensedEMT(EMT):
+    """Fails while the file $HPCFT_TEST_LICENCE is not there, as a code does whose licence server is down."""
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        if not Path(os.environ["HPCFT_TEST_LICENCE"]).exists():
+            raise RuntimeError("the licence server does not answer")
+        super().calculate(atoms, properties, system_changes)

@@ -162,7 +162,10 @@ def test_managers_that_come_and_go_never_hold_the_lease_together(tmp_path: Path)
             say(each, 25)
         assert [hear(each) for each in competitors] == ["done"] * COMPETITORS
     last = f"{25 * COMPETITORS:06d}"
-    assert sorted(path.name for path in (tmp_path / "leases").iterdir()) == [f"{last}.json", f"{last}.released"]
+    assert sorted(path.name for path in (tmp_path / "leases").iterdir()) == [
+        f"{last}.json",
+        f"{last}.released",
+    ]
 
 
 def test_a_number_that_was_taken_and_tidied_away_since_we_looked_is_not_taken_again(
@@ -213,9 +216,11 @@ def test_a_manager_that_is_stopped_is_alive(tmp_path: Path) -> None:
 def test_the_refusal_names_host_and_process_and_leaves_the_lease_alone(tmp_path: Path) -> None:
     with held_by_another(tmp_path) as process:
         before = read_lease(tmp_path)
-        with pytest.raises(LeaseHeld, match=f"process {process.pid} on {socket.gethostname()} "):
-            with lease(tmp_path):
-                pass
+        with (
+            pytest.raises(LeaseHeld, match=f"process {process.pid} on {socket.gethostname()} "),
+            lease(tmp_path),
+        ):
+            pass
         assert read_lease(tmp_path) == before == holder(tmp_path)
         assert (before["pid"], before["host"]) == (process.pid, socket.gethostname())
 
@@ -232,9 +237,11 @@ def test_a_lease_of_another_host_is_taken_only_when_the_user_says_so(tmp_path: P
     leases = tmp_path / "leases"
     write_lease(leases, elsewhere)
     assert holder(leases) == elsewhere
-    with pytest.raises(LeaseHeld, match=f"process {elsewhere['pid']} on login2.example .*--take-over"):
-        with lease(leases):
-            pass
+    with (
+        pytest.raises(LeaseHeld, match=f"process {elsewhere['pid']} on login2.example .*--take-over"),
+        lease(leases),
+    ):
+        pass
     with lease(leases, take_over=True):
         assert is_mine(leases)
 

@@ -67,7 +67,9 @@ KEYS = {
 
 def site_with(**hostile: Any) -> Site:
     """A Slurm site in which each name is `plain` but for those given."""
-    words = dict.fromkeys(("partition", "account", "qos", "constraint", "wckey", "option", "srun", "value"), "plain")
+    words = dict.fromkeys(
+        ("partition", "account", "qos", "constraint", "wckey", "option", "srun", "value"), "plain"
+    )
     words |= hostile
     return Site.model_validate(
         {
@@ -110,7 +112,9 @@ def test_a_campaign_a_stage_or_a_site_with_a_hostile_name_is_refused(name: str) 
     with pytest.raises(ValidationError):
         Site.model_validate({"name": name, "executor": "local"})
     with pytest.raises(ValidationError):
-        Site.model_validate({"name": "a", "executor": "slurm", "slurm": {"partition": "a"}, "stages": {name: {}}})
+        Site.model_validate(
+            {"name": "a", "executor": "slurm", "slurm": {"partition": "a"}, "stages": {name: {}}}
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name != "x" * 1000])
@@ -124,13 +128,22 @@ def test_an_option_of_sbatch_or_a_variable_with_a_hostile_name_is_refused(name: 
         Site.model_validate({"name": "a", "executor": "local", "environment": {name: "1"}})
 
 
-texts = st.one_of(st.sampled_from(HOSTILE), st.text(max_size=40), st.text("a|'\"\\$`;&%#=,() \n-", max_size=12))
+texts = st.one_of(
+    st.sampled_from(HOSTILE), st.text(max_size=40), st.text("a|'\"\\$`;&%#=,() \n-", max_size=12)
+)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.dictionaries(st.sampled_from(["partition", "account", "qos", "constraint", "wckey", "option", "srun", "value"]), texts))
-@example({"value": "it's $HOME `id` \\ \"x\" #", "option": "it's $HOME `id` \\ \"x\" #", "srun": "--x=it's a"})
-def test_every_value_of_a_site_is_refused_or_stands_in_the_batch_script_as_itself(words: dict[str, str]) -> None:
+@given(
+    st.dictionaries(
+        st.sampled_from(["partition", "account", "qos", "constraint", "wckey", "option", "srun", "value"]),
+        texts,
+    )
+)
+@example({"value": 'it\'s $HOME `id` \\ "x" #', "option": 'it\'s $HOME `id` \\ "x" #', "srun": "--x=it's a"})
+def test_every_value_of_a_site_is_refused_or_stands_in_the_batch_script_as_itself(
+    words: dict[str, str],
+) -> None:
     try:
         site = site_with(**words)
     except ValidationError:
@@ -148,7 +161,7 @@ def test_every_value_of_a_site_is_refused_or_stands_in_the_batch_script_as_itsel
 
 
 def test_the_shell_gives_jobs_the_value_of_a_variable_to_the_letter() -> None:
-    value = "it's $HOME `id` \\ \"x\" $(id) ; # *"
+    value = 'it\'s $HOME `id` \\ "x" $(id) ; # *'
     [export] = [line for line in batch_script(site_with(value=value)).split("\n") if "VARIABLE" in line]
     shown = subprocess.run(
         ["bash", "-c", f'{export}\nprintf %s "$VARIABLE"'], capture_output=True, text=True, check=True

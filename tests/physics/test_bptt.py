@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hpcft.models.graph import Graph, build_graph, rebuild_edges
 from hpcft.models.morse import MorsePotential
-from hpcft.models.protocol import Potential, as_module
+from hpcft.models.protocol import Potential, as_module, evaluate
 from hpcft.relaxation import ENGINES, MapSettings, delta_q, unroll
 
 MAPS = {
@@ -68,7 +68,7 @@ def test_the_gradient_with_respect_to_the_model_is_that_of_finite_differences(
 ) -> None:
     parameters = [p for p in as_module(potential).parameters() if p.requires_grad]
     gradients = torch.autograd.grad(
-        problem.loss(potential, settings, "checkpoint"), parameters, allow_unused=True, materialize_grads=True
+        problem.loss(potential, settings, "adjoint"), parameters, allow_unused=True, materialize_grads=True
     )
     random = torch.Generator().manual_seed(1)
     originals = [p.detach().clone() for p in parameters]
@@ -95,7 +95,7 @@ def test_the_gradient_with_respect_to_the_start_is_that_of_finite_differences(
     potential: Potential, problem: Problem, settings: MapSettings
 ) -> None:
     start = problem.graph.positions_n3.clone().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(problem.loss(potential, settings, "checkpoint", start), start)
+    (gradient,) = torch.autograd.grad(problem.loss(potential, settings, "adjoint", start), start)
     random = torch.Generator().manual_seed(2)
     for _ in range(3):
         direction = torch.randn(start.shape, generator=random, dtype=start.dtype)
@@ -121,10 +121,26 @@ def test_in_these_relaxations_atoms_do_come_into_the_cutoff_and_leave_it(
 
 
 @pytest.mark.parametrize("settings", MAPS.values(), ids=MAPS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_step_goes_by_the_forces_between_the_neighbours_of_the_moment(
+    potential: Potential, problem: Problem, settings: MapSettings, engine: str
+) -> None:
+    graph, velocity = problem.graph, torch.zeros_like(problem.graph.positions_n3)
+    for _ in range(settings.steps):
+        graph = rebuild_edges(graph, potential.cutoff)
+        velocity = settings.momentum * velocity + settings.step_size * evaluate(potential, graph).forces_n3
+        length = velocity.norm(dim=1, keepdim=True)
+        velocity = torch.where(length > settings.max_step, velocity * settings.max_step / length, velocity)
+        graph = graph.with_positions(graph.positions_n3 + velocity)
+    found = unroll(potential, problem.graph, settings, engine).detach()
+    torch.testing.assert_close(found, graph.positions_n3, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", MAPS.values(), ids=MAPS)
 def test_the_engines_give_the_same_loss_and_the_same_gradient(
     potential: Potential, problem: Problem, settings: MapSettings
 ) -> None:
-    assert set(ENGINES) == {"plain", "checkpoint"}
+    assert set(ENGINES) == {"plain", "checkpoint", "adjoint"}
     start = problem.graph.positions_n3.clone().requires_grad_(True)
     inputs = [start, *as_module(potential).parameters()]
     losses, gradients = [], []
@@ -133,15 +149,14 @@ def test_the_engines_give_the_same_loss_and_the_same_gradient(
         losses.append(float(loss.detach()))
         found = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
         gradients.append(torch.cat([g.ravel() for g in found]))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert losses == pytest.approx(losses[:1] * len(ENGINES), rel=1e-12)
     assert gradients[0].abs().max() > 1e-2
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-10)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-10, atol=1e-10)
 
 
 def test_the_map_is_gradient_descent_with_steps_of_bounded_length(morse: MorsePotential) -> None:
     """By hand: a dimer far from its minimum, one step and two with momentum."""
-    from hpcft.models.protocol import evaluate
-
     graph = build_graph([Atoms("Cu2", positions=[[0, 0, 0], [2.2, 0, 0]])], morse.cutoff)
     force = evaluate(morse, graph).forces_n3.numpy()
     first = unroll(morse, graph, MapSettings(steps=1, step_size=0.01, max_step=1.0)).detach().numpy()
@@ -160,5 +175,7 @@ def test_the_map_is_gradient_descent_with_steps_of_bounded_length(morse: MorsePo
 
 def test_an_engine_that_does_not_exist_is_an_error_that_names_those_that_do(morse: MorsePotential) -> None:
     graph = build_graph([Atoms("Cu")], morse.cutoff)
-    with pytest.raises(ValueError, match="no gradient engine 'magic'; choose one of plain, checkpoint"):
+    with pytest.raises(
+        ValueError, match="no gradient engine 'magic'; choose one of plain, checkpoint, adjoint"
+    ):
         unroll(morse, graph, MapSettings(steps=1), "magic")

@@ -109,7 +109,9 @@ def test_a_supercell_has_the_energy_of_its_cells_wherever_its_atoms_are_written_
     expected = before.energies_b.numpy() * [np.prod(repeat) for repeat in repeats]
     np.testing.assert_allclose(after.energies_b.numpy(), expected, atol=1e-10)
     lengths = [len(atoms) for atoms in cells]
-    tiled = [np.tile(f, (np.prod(r), 1)) for f, r in zip(before.forces_n3.split(lengths), repeats, strict=True)]
+    tiled = [
+        np.tile(f, (np.prod(r), 1)) for f, r in zip(before.forces_n3.split(lengths), repeats, strict=True)
+    ]
     np.testing.assert_allclose(after.forces_n3.numpy(), np.concatenate(tiled), atol=1e-10)
 
 

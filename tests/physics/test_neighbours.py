@@ -118,7 +118,10 @@ def test_two_atoms_that_meet_head_on_see_each_other_in_time() -> None:
     neighbours = VerletList([atoms], cutoff, skin=skin, dtype=torch.float64, device="cpu")
     assert pairs_of(neighbours.graph_at(None)) == []
     atoms.positions += [[0.75 * skin, 0, 0], [-0.75 * skin, 0, 0]]
-    assert pairs_of(neighbours.graph_at(torch.from_numpy(atoms.positions))) == [(0, 1, 0, 0, 0), (1, 0, 0, 0, 0)]
+    assert pairs_of(neighbours.graph_at(torch.from_numpy(atoms.positions))) == [
+        (0, 1, 0, 0, 0),
+        (1, 0, 0, 0, 0),
+    ]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -223,7 +223,10 @@ def test_replay_structures_without_labels_are_refused(inputs: Path, tmp_path: Pa
             "asap_cutof",
         ),
         ({"structures": "tiny.yaml"}, "tiny.yaml cannot be read by ASE"),
-        ({"foundation": "start.extxyz"}, "start.extxyz is a pickled model, and loading a pickle can run any code"),
+        (
+            {"foundation": "start.extxyz"},
+            "start.extxyz is a pickled model, and loading a pickle can run any code",
+        ),
     ],
 )
 def test_a_reference_or_an_input_that_is_not_what_it_should_be_is_named(

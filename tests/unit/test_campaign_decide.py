@@ -67,8 +67,8 @@ def submit(number: int, *tasks: int) -> Submit:
     return Submit(1, "label", tasks, number)
 
 
-def decided(records: Records, observation: Observation, limits: Limits = Limits()) -> list[Action]:
-    return decide(records, observation, NOW, limits)
+def decided(records: Records, observation: Observation, limits: Limits | None = None) -> list[Action]:
+    return decide(records, observation, NOW, limits or Limits())
 
 
 FINISHED = Records((StageRecord(1, "evaluate", 1, (), frozenset({0}), {}, {"metrics": {}}),), rounds=1)

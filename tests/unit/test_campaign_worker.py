@@ -33,13 +33,13 @@ CONFIG: dict[str, Any] = {
 
 # A stage that is as real as any to the worker, and whose task needs nothing but its payload.
 STAGE = """
-import os, sys, types
+import sys, types
 import hpcft.campaign.worker as worker
 import hpcft.stages.registry as registry
 from hpcft.errors import CampaignStopped, LabelError, UserError
 
 def run(task):
-    print("run", task.attempt, dict(task.payload), os.environ["OMP_NUM_THREADS"], flush=True)
+    print("run", task.attempt, dict(task.payload), flush=True)
     if task.payload.get("wait"):
         sys.stdin.read()
     if "raise" in task.payload:
@@ -62,7 +62,6 @@ def folder(tmp_path: Path) -> CampaignFolder:
     stage = folder.stage(0, "evaluate")
     stage.intent(1).parent.mkdir(parents=True)
     config = Campaign.model_validate(CONFIG).model_dump(mode="json")
-    config["evaluate"]["resources"]["cpus_per_rank"] = 3
     write_json(folder.identity, {"name": "small", "rounds": 1, "config": config})
     write_json(folder.site, {"device": "cpu"})
     plan(folder, *({"answer": number} for number in (40, 41, 42)))
@@ -109,7 +108,7 @@ def files(folder: CampaignFolder, index: int) -> dict[str, bytes]:
 
 def test_a_task_runs_once_and_leaves_its_result(folder: CampaignFolder) -> None:
     printed, _ = run(folder, 2, 1)
-    assert printed[:2] == ["run 1 {'answer': 42} 3", "done"]
+    assert printed[:2] == ["run 1 {'answer': 42}", "done"]
     result = read_json(folder.stage(0, "evaluate").task(2).result)
     assert result["answer"] == 42
     assert result["about"].keys() == {"attempt", "wall_s", "host", "hpcft_version"}
@@ -129,7 +128,7 @@ def test_an_attempt_that_a_newer_one_supersedes_does_nothing_and_loads_nothing(
     assert run(folder, 1, 1)[0] == ["superseded", "loaded"]
     assert files(folder, 1) == {"lock": b""}
     assert run(folder, 0, 1)[0][1] == "done"
-    assert run(folder, 1, 2)[0][:2] == ["run 2 {'answer': 41} 3", "done"]
+    assert run(folder, 1, 2)[0][:2] == ["run 2 {'answer': 41}", "done"]
 
 
 def test_an_attempt_that_nobody_intended_does_nothing(folder: CampaignFolder) -> None:
@@ -183,7 +182,7 @@ def test_a_second_execution_waits_for_the_first_to_end(folder: CampaignFolder) -
                 looks += has_open(second.pid, folder.stage(0, "evaluate").task(0).lock)
             plan(folder, {"answer": 40})
             first.kill()
-            assert second.stdout.readline() == "run 1 {'answer': 40} 3\n"
+            assert second.stdout.readline() == "run 1 {'answer': 40}\n"
 
 
 def has_open(pid: int, path: Path) -> bool:

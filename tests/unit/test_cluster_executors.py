@@ -31,7 +31,9 @@ def site(**slurm: Any) -> Site:
     return Site.model_validate({**SITE, "slurm": {**SITE["slurm"], **slurm}})
 
 
-def spec(stage: str = "label", ranks: int = 1, folder: Path = Path("/runs/a/jobs"), **resources: Any) -> JobSpec:
+def spec(
+    stage: str = "label", ranks: int = 1, folder: Path = Path("/runs/a/jobs"), **resources: Any
+) -> JobSpec:
     return JobSpec(f"hpcft-0123abcd-r1-{stage}-1", stage, ranks, Resources(**resources), folder)
 
 
@@ -122,7 +124,9 @@ def test_the_elements_of_an_array_write_logs_of_their_own_and_run_as_many_as_the
 
 
 def test_all_ranks_end_with_the_first_that_fails_and_have_their_cores() -> None:
-    words = srun(script(site(srun_arguments=["--mpi=pmix", "--cpu-bind=none"]), spec(ranks=2, cpus_per_rank=4)))
+    words = srun(
+        script(site(srun_arguments=["--mpi=pmix", "--cpu-bind=none"]), spec(ranks=2, cpus_per_rank=4))
+    )
     assert words[:2] == ["srun", "--unbuffered"]
     assert "--kill-on-bad-exit=1" in words
     assert "--cpus-per-task=4" in words
@@ -163,7 +167,10 @@ def slurm_shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     programs.mkdir()
 
     def install(then: str) -> None:
-        for name, text in {"sbatch": SBATCH.format(folder=tmp_path, then=then), "srun": "#!/bin/sh\n"}.items():
+        for name, text in {
+            "sbatch": SBATCH.format(folder=tmp_path, then=then),
+            "srun": "#!/bin/sh\n",
+        }.items():
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
 
@@ -196,7 +203,10 @@ def test_a_single_element_is_a_single_job(slurm_shim: Any, tmp_path: Path) -> No
     ("then", "words"),
     [
         ("echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1", "Socket timed out"),
-        ("echo 'sbatch: error: Batch job submission failed: Invalid partition' >&2; exit 1", "Invalid partition"),
+        (
+            "echo 'sbatch: error: Batch job submission failed: Invalid partition' >&2; exit 1",
+            "Invalid partition",
+        ),
         ("kill -9 $$", "hpcft-0123abcd-r1-label-1"),
         ("echo strange", "strange"),
     ],

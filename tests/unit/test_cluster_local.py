@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hpcft.cluster.local import cancel_job, job_is_alive, lock_is_held
+from hpcft.cluster.local import cancel_below, job_is_alive, lock_is_held
 
 WAIT = "print('ready', flush=True); input()"
 LOCK = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); " + WAIT
@@ -51,7 +51,7 @@ def test_another_process_with_the_number_of_a_job_is_not_taken_for_it(tmp_path: 
     with process(WAIT, tmp_path / "0001-jobs") as (other, _):
         for folder in (tmp_path, tmp_path / "0001", tmp_path / "0001-jobs" / "x"):
             assert not job_is_alive(str(other.pid), folder)
-        cancel_job(str(other.pid), tmp_path)
+        assert cancel_below(tmp_path) == 0  # it is no job of submitit's
         assert other.poll() is None
         assert job_is_alive(str(other.pid), tmp_path / "0001-jobs")
 
@@ -59,7 +59,6 @@ def test_another_process_with_the_number_of_a_job_is_not_taken_for_it(tmp_path: 
 @pytest.mark.parametrize("job_id", ["", "812_3", "not a number", str(2**22 + 1)])
 def test_what_is_no_number_of_a_process_is_no_live_job(job_id: str, tmp_path: Path) -> None:
     assert not job_is_alive(job_id, tmp_path)
-    cancel_job(job_id, tmp_path)
 
 
 def test_a_lock_is_held_as_long_as_the_process_that_took_it_lives(tmp_path: Path) -> None:
@@ -81,8 +80,13 @@ def test_looking_at_a_lock_leaves_it_free(tmp_path: Path) -> None:
 
 
 def test_cancelling_ends_a_job_with_everything_that_it_started(tmp_path: Path) -> None:
-    with process(FAMILY, tmp_path) as (controller, child):
-        cancel_job(str(controller.pid), tmp_path)
+    other = process(WAIT, "submitit.local._local", tmp_path / "other")
+    with (
+        process(FAMILY, "submitit.local._local", tmp_path / "mine") as (controller, child),
+        other as (untouched, _),
+    ):
+        assert cancel_below(tmp_path / "mine") == 1
+        assert untouched.poll() is None
         assert not psutil.pid_exists(controller.pid)
         deadline = time.monotonic() + 60
         while psutil.pid_exists(int(child)) and psutil.Process(int(child)).status() != psutil.STATUS_ZOMBIE:

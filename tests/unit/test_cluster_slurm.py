@@ -47,13 +47,16 @@ def test_single_jobs_and_elements_of_arrays_are_told_apart_by_their_ids() -> Non
 
 
 def test_jobs_of_other_campaigns_and_programs_are_left_out() -> None:
-    assert queued(
-        "1|hpcft-0123abce-r0-probe-1|RUNNING|None",
-        f"2|my-{OURS}r0-probe-1|RUNNING|None",
-        "3|bash|RUNNING|None",
-        "4|hpcft|RUNNING|None",
-        "5||RUNNING|None",
-    ) == []
+    assert (
+        queued(
+            "1|hpcft-0123abce-r0-probe-1|RUNNING|None",
+            f"2|my-{OURS}r0-probe-1|RUNNING|None",
+            "3|bash|RUNNING|None",
+            "4|hpcft|RUNNING|None",
+            "5||RUNNING|None",
+        )
+        == []
+    )
 
 
 def test_any_name_of_another_job_is_passed_over() -> None:
@@ -73,7 +76,18 @@ def test_a_job_that_is_over_is_not_in_the_queue(state: str) -> None:
 
 @pytest.mark.parametrize(
     "state",
-    ["PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "PREEMPTED", "STOPPED", "X", ""],
+    [
+        "PENDING",
+        "RUNNING",
+        "COMPLETING",
+        "CONFIGURING",
+        "SUSPENDED",
+        "REQUEUED",
+        "PREEMPTED",
+        "STOPPED",
+        "X",
+        "",
+    ],
 )
 def test_a_job_in_any_other_state_may_still_run(state: str) -> None:
     assert [job.state for job in queued(f"1|{OURS}r0-probe-1|{state}|None")] == [state]
@@ -83,7 +97,7 @@ def test_a_job_in_any_other_state_may_still_run(state: str) -> None:
     ("state", "reason", "held"),
     [
         ("PENDING", "JobHeldUser", True),
-        ("PENDING", "JobHeldAdmin", True),
+        ("PENDING", "JobHeldAdmin", False),  # not ours to end
         ("PENDING", "Priority", False),
         ("PENDING", "Dependency", False),
         ("RUNNING", "JobHeldUser", False),

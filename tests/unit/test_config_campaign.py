@@ -398,10 +398,11 @@ def test_input_files_are_listed_by_their_keys(file: Path) -> None:
 
 
 def test_every_stage_has_resources(file: Path) -> None:
-    change(file, "shards: 2", "shards: 2\nrelaxations: {resources: {time_min: 5}}")
+    change(file, "shards: 2", "shards: 2\n  resources: {time_min: 5}")
     campaign = load_campaign(file)
     assert {stage: campaign.resources_for(stage).time_min for stage in config.STAGES} == {
         **dict.fromkeys(config.STAGES, 60),
+        "label": 5,
         "reference": 5,
     }
 

@@ -64,11 +64,6 @@ def test_the_atomic_energies_in_the_file_are_those_of_emt() -> None:
     assert written == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the recipe's interaction_cls_first is a residual block, which gives a lone atom an interaction energy "
-    "(Al: 0.67 eV where EMT has 3.28); with RealAgnosticInteractionBlock it would be exact",
-)
 def test_an_atom_alone_has_the_energy_that_emt_gives_it(foundation: Potential) -> None:
     for symbol in SYMBOLS:
         atom = Atoms(symbol, cell=[20, 20, 20], pbc=True)
