@@ -234,7 +234,12 @@ def work(name):
     values = " ".join(os.environ[name] for name in names)
     Path(f"{name}.{os.environ['SUBMITIT_LOCAL_GLOBALID']}.part").write_text(values)
     Path(f"{name}.{os.environ['SUBMITIT_LOCAL_GLOBALID']}.part").rename(f"{name}.{values.split()[-1]}")
-    while not Path("go").exists():
+    wait_until(Path("go").exists)
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 folder = Path.cwd() / "jobs"
@@ -242,13 +247,10 @@ site = Site(name="here", executor="local", environment={"COLOUR": "red"})
 ids = submit(site, JobSpec("any", "train", 2, Resources(cpus_per_rank=3), folder), work, [("a",), ("b",)])
 assert len(set(ids)) == 2
 assert "COLOUR" not in os.environ
-while len(list(Path.cwd().glob("[ab].[01]"))) < 4:
-    assert any(job_is_alive(job_id, folder) for job_id in ids)
-    time.sleep(0.02)
+wait_until(lambda: len(list(Path.cwd().glob("[ab].[01]"))) == 4)
 assert all(job_is_alive(job_id, folder) for job_id in ids)
 Path("go").touch()
-while any(job_is_alive(job_id, folder) for job_id in ids):
-    time.sleep(0.02)
+wait_until(lambda: not any(job_is_alive(job_id, folder) for job_id in ids))
 """
 
 
