@@ -1,6 +1,6 @@
 """Made the structures of the quickstart campaign: python campaigns/quickstart/make_structures.py
 
-Disordered Pd-Au on an fcc lattice with one to three vacancies, 29 to 31 atoms: start.extxyz for MD, and
+Disordered Al-Cu on an fcc lattice with one to three vacancies, 29 to 31 atoms: start.extxyz for MD, and
 vacancies-train.extxyz and vacancies-test.extxyz for relaxations (atoms displaced by 0.1 Å, so that there is a way to go).
 """
 
@@ -12,13 +12,13 @@ from ase.build import bulk
 from ase.io import write
 
 HERE = Path(__file__).parent
-LATTICE_CONSTANT = 3.98  # Å, between Pd and Au under EMT
+LATTICE_CONSTANT = 3.82  # Å, of ordered AlCu under EMT
 
 
 def alloy(random: np.random.Generator, num_vacancies: int, rattle: float) -> Atoms:
-    """Half Pd, half Au at random on 32 sites, then vacancies."""
-    atoms = bulk("Pd", "fcc", a=LATTICE_CONSTANT, cubic=True).repeat(2)
-    symbols = np.array(["Pd"] * 16 + ["Au"] * 16)
+    """Half Al, half Cu at random on 32 sites, then vacancies."""
+    atoms = bulk("Al", "fcc", a=LATTICE_CONSTANT, cubic=True).repeat(2)
+    symbols = np.array(["Al"] * 16 + ["Cu"] * 16)
     random.shuffle(symbols)
     atoms.set_chemical_symbols(list(symbols))
     del atoms[sorted(random.choice(len(atoms), num_vacancies, replace=False).tolist())]

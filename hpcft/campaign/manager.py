@@ -23,8 +23,8 @@ from hpcft.campaign.decide import (
 from hpcft.campaign.lease import is_mine
 from hpcft.campaign.records import Records, StageRecord, read_records
 from hpcft.campaign.scheduler import Scheduler
+from hpcft.campaign.settings import campaign_of
 from hpcft.campaign.tidy import tidy
-from hpcft.config.campaign import Campaign
 from hpcft.config.site import Site
 from hpcft.errors import CampaignStopped, LeaseHeld
 from hpcft.stages.context import StageContext
@@ -54,7 +54,7 @@ class Manager:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.folder, self.site = folder, site
-        self.campaign = Campaign.model_validate(folder.read_identity()["config"])
+        self.campaign = campaign_of(folder)
         self.scheduler = Scheduler(folder, self.campaign, site)
         self._clock, self._sleep = clock, sleep
         write_json(folder.site, site.model_dump(mode="json"))

@@ -42,15 +42,13 @@ def run_task(root: str, round_: int, stage: str, index: int, attempt: int) -> st
 
 def _run(folder: CampaignFolder, round_: int, stage: str, index: int, attempt: int) -> str:
     # Imported here: the lock is taken before the seconds that torch needs to load.
-    from hpcft.config.campaign import Campaign
+    from hpcft.campaign.settings import campaign_of
     from hpcft.stages.context import StageContext, TaskContext
     from hpcft.stages.registry import stage_named
 
     rank = rank_of_this_process(attempt)
-    identity = folder.read_identity()
-    campaign = Campaign.model_validate(identity["config"])
     device = str(read_json(folder.site)["device"])
-    context = StageContext(folder, campaign, round_, stage, device)
+    context = StageContext(folder, campaign_of(folder), round_, stage, device)
     where = context.here.task(index)
     if rank.is_first:
         remove_leftovers(where.path)

@@ -43,7 +43,7 @@ def run(
     root = directory or Path("runs") / campaign.name
     known = CampaignFolder(root.absolute())
     # Without --site a campaign goes on where it ran: its Slurm jobs must not be run again on the login node.
-    chosen = _last_site(known) if site is None else _load_site(site)
+    chosen = _chosen_site(known, site)
     from hpcft.campaign.create import open_or_create
 
     folder = open_or_create(campaign, campaign_file, root, take_over=take_over)
@@ -54,7 +54,7 @@ def resume(directory: CampaignDir, site: SiteFile = None, take_over: TakeOver = 
     """Go on with a campaign where it stands; tasks that had been given up get new attempts."""
     folder = CampaignFolder(directory.absolute())
     folder.read_identity()
-    chosen = _load_site(site) if site is not None else _usable(_last_site(folder))
+    chosen = _chosen_site(folder, site)
     from hpcft.campaign.create import refuse_hostile_name, refuse_shared
 
     refuse_hostile_name(folder.root)
@@ -62,15 +62,11 @@ def resume(directory: CampaignDir, site: SiteFile = None, take_over: TakeOver = 
     _drive(folder, chosen, take_over, resumed=True)
 
 
-def _load_site(path: Path | None) -> Site:
-    from hpcft.config.site import default_site, load_site
+def _chosen_site(folder: CampaignFolder, path: Path | None) -> Site:
+    from hpcft.campaign.settings import site_of
+    from hpcft.config.site import load_site, missing_executables
 
-    return _usable(default_site() if path is None else load_site(path))
-
-
-def _usable(site: Site) -> Site:
-    from hpcft.config.site import missing_executables
-
+    site = site_of(folder) if path is None else load_site(path)
     missing = missing_executables(site)
     if missing:
         raise UserError(
@@ -80,22 +76,15 @@ def _usable(site: Site) -> Site:
     return site
 
 
-def _last_site(folder: CampaignFolder) -> Site:
-    from hpcft.config.site import Site, default_site
-    from hpcft.storage.atomic import read_json
-
-    return Site.model_validate(read_json(folder.site)) if folder.site.exists() else default_site()
-
-
 def _drive(folder: CampaignFolder, site: Site, take_over: bool, *, resumed: bool = False) -> None:
     from hpcft.campaign.lease import lease
     from hpcft.campaign.manager import Manager, record_resume
     from hpcft.cli.progress import Progress
 
     with lease(folder.leases, take_over=take_over):
+        manager = Manager(folder, site)
         if resumed:
             record_resume(folder, time.time())
-        manager = Manager(folder, site)
         with Progress(folder) as progress:
             try:
                 manager.run(progress.show)
@@ -188,11 +177,10 @@ def cancel(directory: CampaignDir) -> None:
     from hpcft.campaign.lease import holder
     from hpcft.campaign.manager import record_resume
     from hpcft.campaign.scheduler import Scheduler
-    from hpcft.config.campaign import Campaign
+    from hpcft.campaign.settings import campaign_of, site_of
 
     folder = CampaignFolder(directory.absolute())
-    campaign = Campaign.model_validate(folder.read_identity()["config"])
-    scheduler = Scheduler(folder, campaign, _last_site(folder))
+    scheduler = Scheduler(folder, campaign_of(folder), site_of(folder))
     manager = holder(folder.leases)
     if manager is not None:
         raise LeaseHeld(

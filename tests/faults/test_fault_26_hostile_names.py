@@ -76,6 +76,7 @@ def site_with(**hostile: Any) -> Site:
             "name": "site",
             "executor": "slurm",
             "environment": {"VARIABLE": words["value"]},
+            "setup": [words.get("setup", "true")],
             "slurm": {
                 **{key: words[key] for key in ("partition", "account", "qos", "constraint", "wckey")},
                 "options": {"comment": words["option"]},
@@ -126,6 +127,13 @@ def test_an_option_of_sbatch_or_a_variable_with_a_hostile_name_is_refused(name: 
         )
     with pytest.raises(ValidationError):
         Site.model_validate({"name": "a", "executor": "local", "environment": {name: "1"}})
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\0", "\x1b", "\x85", "\u2028"])
+@pytest.mark.parametrize("where", ["option", "srun", "value", "setup"])
+def test_a_value_with_a_control_character_is_refused(where: str, character: str) -> None:
+    with pytest.raises(ValidationError, match="control characters"):
+        site_with(**{where: f"a{character}b"})
 
 
 texts = st.one_of(
