@@ -20,7 +20,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 def campaign_of(folder: CampaignFolder) -> Campaign:
     """UserError when the settings are those of another version of hpcft, or were edited by hand."""
     identity = folder.read_identity()
-    writer = f" by hpcft {identity['hpcft_version']}" if "hpcft_version" in identity else ""
+    writer = f", written by hpcft {identity['hpcft_version']}," if "hpcft_version" in identity else ""
     return _validated(Campaign, identity.get("config"), folder.identity, writer)
 
 
@@ -38,6 +38,6 @@ def _validated(kind: type[_Model], content: Any, path: Path, writer: str) -> _Mo
         first = failure.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(
-            f"{path}, written{writer}, does not fit this hpcft ({__version__}): {key}: {first['msg']}. Use the version that "
+            f"{path}{writer} does not fit this hpcft ({__version__}): {key}: {first['msg']}. Use the version that "
             "wrote it, or give the campaign a new folder."
         ) from failure
