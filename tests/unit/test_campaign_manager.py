@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 from ase.build import bulk
 
-from hpcft.campaign.decide import SETTLING_S, CancelStrays, Collect, Finish, Submit, Wait
+from hpcft.campaign.decide import SETTLING_S, CancelStrays, Collect, Finish, Limits, Submit, Wait
 from hpcft.campaign.lease import lease
 from hpcft.campaign.manager import Manager, Turn, record_resume
-from hpcft.campaign.records import Attempt, read_records
+from hpcft.campaign.records import Attempt, StageRecord, read_records
+from hpcft.campaign.settings import campaign_of, site_of
 from hpcft.config.campaign import Campaign
 from hpcft.config.site import Site
-from hpcft.errors import CampaignStopped, LeaseHeld, SchedulerUnavailable
+from hpcft.errors import CampaignStopped, LeaseHeld, SchedulerUnavailable, UserError
 from hpcft.storage.atomic import write_json
-from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, stages_of
+from hpcft.storage.campaign_folder import RETRY_FAILURES, CampaignFolder, StageFolder, stages_of
 from hpcft.storage.structures import write_structures
 
 CONFIG = {
@@ -397,3 +398,67 @@ def test_cancelling_names_every_job_of_the_campaign_and_of_no_other(manager: Man
     slurm.shows()
     assert manager.scheduler.cancel_all() == 0
     assert slurm.log() == []
+
+
+def test_a_stage_that_is_larger_than_the_largest_array_becomes_several(
+    folder: CampaignFolder, slurm: Slurm, clock: Clock
+) -> None:
+    site = Site.model_validate({**SITE, "stages": {"probe": {"max_array_size": 1}}})
+    manager = Manager(folder, site, clock=clock)
+    manager.step()
+    assert manager.step().actions == (Submit(0, "probe", (0,), 1),)
+    slurm.shows(f"812|{NAME.format(1)}|RUNNING|None")
+    assert manager.step().actions == (Submit(0, "probe", (1,), 2),)
+
+
+@pytest.mark.parametrize(("ranks", "cpus_per_rank"), [(1, 1), (2, 1), (1, 2), (3, 1000)])
+def test_tasks_on_this_machine_share_its_cores(
+    ranks: int, cpus_per_rank: int, folder: CampaignFolder
+) -> None:
+    identity = folder.read_identity()
+    identity["config"]["train"] |= {"ranks": ranks, "batch_size": ranks}
+    identity["config"]["train"]["resources"]["cpus_per_rank"] = cpus_per_rank
+    write_json(folder.identity, identity)
+    cores = len(os.sched_getaffinity(0))
+    manager = Manager(folder, Site(name="here", executor="local"))
+    limits = manager._limits(StageRecord(1, "train"))
+    assert limits == Limits(max_attempts=2, max_running=max(1, cores // (ranks * cpus_per_rank)))
+    assert manager._limits(StageRecord(1, "select")).max_running == cores
+    told = Manager(folder, Site(name="here", executor="local", max_running_tasks=5))
+    assert told._limits(StageRecord(1, "train")).max_running == 5
+
+
+def test_resume_tries_failed_labels_again_only_where_nothing_else_is_missing(
+    folder: CampaignFolder, manager: Manager
+) -> None:
+    manager.step()
+    first, second = probe(folder).task(0), probe(folder).task(1)
+    for task, result in ((first, {"failed": 2}), (second, {"failed": 0})):
+        task.path.mkdir(parents=True)
+        write_json(task.result, result)
+    second.result.rename(second.path / "not yet")
+    record_resume(folder, 1.0)
+    assert first.result.exists()
+
+    (second.path / "not yet").rename(second.result)
+    record_resume(folder, 2.0)
+    assert not first.result.exists()
+    assert second.result.exists()
+    assert (first.path / RETRY_FAILURES).exists()
+    assert not (second.path / RETRY_FAILURES).exists()
+    [kept] = first.path.glob("result-before-*.json")
+    assert json.loads(kept.read_text()) == {"failed": 2}
+    assert manager.step().actions == (Submit(0, "probe", (0,), 1),)
+
+
+def test_settings_of_another_version_are_refused_with_the_key(folder: CampaignFolder) -> None:
+    identity = folder.read_identity()
+    write_json(
+        folder.identity, {**identity, "hpcft_version": "0.0.9", "config": {**identity["config"], "speed": 1}}
+    )
+    with pytest.raises(UserError, match=r"written by hpcft 0\.0\.9, does not fit .*: speed: Extra inputs"):
+        campaign_of(folder)
+    assert site_of(folder) == Site(name="local", executor="local")
+    write_json(folder.site, {"name": "here"})
+    with pytest.raises(UserError, match=r"site\.json does not fit .*: executor: Field required"):
+        site_of(folder)
