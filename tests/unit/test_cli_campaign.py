@@ -173,6 +173,8 @@ def test_ctrl_c_ends_the_tasks_of_this_machine_and_says_how_to_go_on(interrupted
         pid for pid in processes_of(folder.root) if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     ]
     assert running == []
+    results = [folder.stage(0, "probe").task(task).result for task in (0, 1)]
+    assert not any(result.exists() for result in results), "the tasks have come to their end instead"
 
 
 def test_what_ctrl_c_has_ended_is_no_failed_attempt(interrupted: Interrupted) -> None:

@@ -67,6 +67,7 @@ def refusal(folder: Path, *arguments: object, **environment: str) -> str:
         capture_output=True,
         text=True,
         check=False,
+        timeout=120,  # a manager that does not refuse would run
     )
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert "Traceback" not in done.stderr
