@@ -102,6 +102,7 @@ VariableName = Annotated[
     ),
 ]
 Lines = Annotated[tuple[OneLine, ...], Strict(False)]
+Words = Annotated[tuple[OneLine, ...], Strict(False)]
 
 
 class Slurm(Section):
@@ -123,10 +124,22 @@ class Slurm(Section):
     """More options of sbatch, without dashes; true: a flag without a value, false: not this flag."""
     wckey: SlurmName | None = None
     """Workload characterisation key, where the site wants one."""
+    gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
+    """Option of sbatch that asks for GPUs."""
+    gpu_type: SlurmName | None = None
+    """Type of GPU to ask for, such as a100; left out: any."""
+    tasks_per_job: Count = 1
+    """Tasks of one rank each that share a job and run side by side in it, for sites that charge whole nodes."""
     array_parallelism: Count | None = None
     """Elements of one array that run at once; left out: all."""
     max_array_size: Count | None = None
-    """Elements of one array at most (the site's MaxArraySize); left out: a stage is one array, whatever its size."""
+    """Elements of one array at most (the site's MaxArraySize); left out: Slurm is asked."""
+    max_submitted: Count | None = None
+    """Jobs of yours that may be in the queue at once, each array element counted; left out: Slurm is asked."""
+    max_time_min: Annotated[Count, Unit("min")] | None = None
+    """Longest time limit in minutes that a task may get when it ran out of time before; left out: Slurm is asked."""
+    max_memory_GB: Annotated[Positive, Unit("GB")] | None = None
+    """Most memory in GB that a task may get when it ran out of memory before; left out: Slurm is asked."""
 
 
 class StageSlurm(Slurm):
@@ -141,11 +154,22 @@ class StageSlurm(Slurm):
         return {key: value for key, value in dump(self).items() if key in self.model_fields_set}
 
 
+class Controller(StageSlurm):
+    """The small job of a detached campaign that collects a stage and submits the next one."""
+
+    time_min: Annotated[Count, Unit("min")] = 30
+    """Time limit of the controller job in minutes."""
+    memory_GB: Annotated[Positive, Unit("GB")] | None = 4.0
+    """Memory of the controller job in GB; null: what the site gives by default."""
+
+
 class Site(Section):
     """A machine, or one user's way to use it."""
 
     name: Name
     """Name of the site."""
+    cluster: SlurmName | None = None
+    """ClusterName that `scontrol show config` gives on this machine; left out: not compared."""
     executor: Literal["local", "slurm"]
     """What starts tasks: processes on this machine, or Slurm."""
     max_running_tasks: Count | None = None
@@ -158,10 +182,14 @@ class Site(Section):
     """Environment variables of every task."""
     setup: Lines = ()
     """Shell lines that run in each job before the work, such as `module load`; slurm only."""
+    python: Words = ()
+    """Words of the command that is Python inside jobs, such as a container's; left out: this Python; slurm only."""
     slurm: Slurm | None = None
     """What is asked of Slurm."""
     stages: dict[StageName, StageSlurm] = Field(default_factory=dict)
     """What single stages ask of Slurm differently."""
+    controller: Controller = Controller()
+    """The job that goes on with a detached campaign, and what it asks of Slurm differently."""
 
     @property
     def poll_interval_s(self) -> float:
@@ -174,14 +202,15 @@ class Site(Section):
             return self.max_running_tasks
         return num_cores or len(os.sched_getaffinity(0))
 
-    def slurm_for(self, stage: StageName) -> Slurm:
+    def slurm_for(self, stage: StageName | Literal["controller"]) -> Slurm:
         """The slurm section as this stage wants it: options are merged, any other key is replaced."""
         if self.slurm is None:
             raise UserError(f"site {self.name} has no slurm section; add one with its partition to its file")
-        override = self.stages.get(stage)
+        override = self.controller if stage == "controller" else self.stages.get(stage)
         if override is None:
             return self.slurm
-        changes: dict[str, Any] = {key: getattr(override, key) for key in override.model_fields_set}
+        written = override.model_fields_set & type(self.slurm).model_fields.keys()
+        changes: dict[str, Any] = {key: getattr(override, key) for key in written}
         if "options" in changes:
             changes["options"] = self.slurm.options | override.options
         return self.slurm.model_copy(update=changes)
@@ -191,6 +220,8 @@ class Site(Section):
             yield ("executor",), "slurm needs a partition; add a section `slurm:` with `partition: NAME`"
         if self.stages and self.slurm is None:
             yield ("stages",), "changes the slurm section, but there is none; add it, or delete stages"
+        if self.executor == "local" and self.python:
+            yield ("python",), "is for Slurm jobs only; delete it: here tasks run with the Python of hpcft"
         if self.executor == "local" and self.setup:
             yield ("setup",), "runs in Slurm jobs only; delete it, and run these lines in your shell instead"
 
