@@ -25,3 +25,11 @@ class LeaseHeld(RuntimeError):
 
 class SchedulerUnavailable(RuntimeError):
     """Slurm did not answer, so what is known may be old; nothing was changed (exit code 4)."""
+
+
+class SubmissionRefused(RuntimeError):
+    """Slurm has said no to a submission. `is_limit`: only because there are too many jobs already."""
+
+    def __init__(self, message: str, *, is_limit: bool = False) -> None:
+        super().__init__(message)
+        self.is_limit = is_limit

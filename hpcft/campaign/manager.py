@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from hpcft import __version__
 from hpcft.campaign.decide import (
     Action,
+    Adopt,
     CancelStrays,
     Collect,
     Finish,
-    Limits,
     Observation,
     Plan,
+    RecordEndings,
+    SetAside,
     Stop,
     Submit,
     Wait,
     decide,
 )
 from hpcft.campaign.lease import is_mine
-from hpcft.campaign.records import Records, StageRecord, read_records
+from hpcft.campaign.policy import Limits
+from hpcft.campaign.records import Records, StageRecord, read_attempt, read_records
 from hpcft.campaign.scheduler import Scheduler
 from hpcft.campaign.settings import campaign_of
 from hpcft.campaign.tidy import tidy
 from hpcft.config.site import Site
-from hpcft.errors import CampaignStopped, LeaseHeld
+from hpcft.errors import CampaignStopped, LeaseHeld, SchedulerUnavailable, SubmissionRefused
 from hpcft.stages.context import StageContext
 from hpcft.stages.registry import stage_named
 from hpcft.storage.atomic import create_json_once, read_json, write_json
 from hpcft.storage.campaign_folder import RETRY_FAILURES, CampaignFolder, StageFolder
+
+# How often the folder of results is looked at between two questions to the scheduler.
+_GLANCE_S = 1.0
+_LONGEST_PAUSE_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,17 @@ class Turn:
     records: Records
     observation: Observation
     actions: tuple[Action, ...]
+    unconfirmed: str = ""
+    """What Slurm did not confirm in this turn, such as a submission."""
+
+    @property
+    def scheduler_answers(self) -> bool:
+        return self.observation.known and not self.unconfirmed
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing was done that could lead to something else at once. (Slurm may show a cancelled job for a while.)"""
+        return bool(self.unconfirmed) or all(isinstance(a, Wait | CancelStrays) for a in self.actions)
 
 
 class Manager:
@@ -60,15 +80,40 @@ class Manager:
         write_json(folder.site, site.model_dump(mode="json"))
 
     def run(self, on_turn: Callable[[Turn], None] = lambda turn: None) -> None:
-        """Until the campaign is finished; raises CampaignStopped when it cannot go on by itself."""
+        """Until the campaign is finished; raises CampaignStopped when it cannot go on by itself.
+
+        While Slurm does not answer it is asked less and less often; SchedulerUnavailable once the site's patience
+        is at its end.
+        """
+        silent_since: float | None = None
         while True:
             turn = self.step()
             on_turn(turn)
             if any(isinstance(action, Finish) for action in turn.actions):
                 return
-            # Slurm may show a cancelled job for a while.
-            if all(isinstance(action, Wait | CancelStrays) for action in turn.actions):
-                self._sleep(self.site.poll_interval_s)
+            now = self._clock()
+            silent_since = None if turn.scheduler_answers else now if silent_since is None else silent_since
+            if silent_since is not None and now - silent_since > self.site.patience_min * 60:
+                raise SchedulerUnavailable(
+                    f"Slurm has not answered for {self.site.patience_min:g} minutes. Nothing is lost, jobs may go on: "
+                    "look whether it is back, then go on with hpcft resume."
+                )
+            if turn.is_idle:
+                silence = 0.0 if silent_since is None else now - silent_since
+                self.wait(turn, min(_LONGEST_PAUSE_S, silence / 4))
+
+    def wait(self, turn: Turn, at_least_s: float = 0.0) -> None:
+        """Until it is time to ask the scheduler again, or until all tasks of the stage have a result."""
+        stage = turn.records.current
+        left = max(self.site.poll_interval_s, at_least_s)
+        while left > 0:
+            self._sleep(min(left, _GLANCE_S))
+            left -= _GLANCE_S
+            if stage is None or not stage.num_tasks:
+                return
+            outcomes = self.folder.stage(stage.round, stage.name).list_outcomes()
+            if len(outcomes.done | outcomes.set_aside) >= stage.num_tasks:
+                return
 
     def step(self) -> Turn:
         """One turn. The scheduler is asked before the records are read, so a task that ends in between has its result.
@@ -76,26 +121,72 @@ class Manager:
         The time is that before the question: an answer that took long must not make a submission look settled.
         """
         now = self._clock()
-        observation = self.scheduler.observe(read_records(self.folder))
         records = read_records(self.folder)
-        actions = decide(records, observation, now, self._limits(records.current))
+        if records.current is not None and records.current.missing:
+            observation = self.scheduler.observe(records)
+            records = read_records(self.folder)
+            if observation.known:
+                self._note_observation(records, observation, now)
+        else:
+            observation = Observation()
+        actions = decide(records, observation, now, self._limits(records.current, observation))
+        unconfirmed = ""
         for action in actions:
-            self._perform(action)
-        return Turn(records, observation, tuple(actions))
+            try:
+                self._perform(action)
+            except SchedulerUnavailable as error:
+                unconfirmed = str(error)  # the next turn sees what came of it
+                break
+        return Turn(records, observation, tuple(actions), unconfirmed)
 
-    def _limits(self, stage: StageRecord | None) -> Limits:
+    def _note_observation(self, records: Records, observation: Observation, now: float) -> None:
+        """For readers while Slurm does not answer them: what was seen last, and when."""
+        stage = records.current
+        if stage is None or not self.scheduler.is_slurm:
+            return
+        reasons = Counter(queued.reason for queued in observation.alive.values() if not queued.is_running)
+        seen = {
+            "at": now,
+            "round": stage.round,
+            "stage": stage.name,
+            "running": sum(queued.is_running for queued in observation.alive.values()),
+            "pending": dict(reasons),
+        }
+        write_json(self.folder.observed, seen)
+
+    def _limits(self, stage: StageRecord | None, observation: Observation) -> Limits:
         if stage is None:
-            return Limits(self.campaign.max_attempts)
+            return Limits()
         name: Any = stage.name
+        module, resources = stage_named(name), self.campaign.resources_for(name)
+        common = Limits(
+            self.campaign.max_attempts,
+            self.campaign.max_interruptions,
+            tolerated=int(self.campaign.tolerated_tasks(name) * (stage.num_tasks or 0)),
+            time_min=resources.time_min,
+            memory_GB=resources.memory_GB,
+        )
+        ranks = module.ranks(self.campaign)
         if self.site.executor == "slurm":
             asked = self.site.slurm_for(name)
-            return Limits(self.campaign.max_attempts, self.site.task_limit(), asked.max_array_size)
-        cores = stage_named(name).ranks(self.campaign) * self.campaign.resources_for(name).cpus_per_rank
+            jobs = {queued.job_id for queued in observation.alive.values()}
+            return replace(
+                common,
+                max_running=self.site.task_limit(),
+                max_array=asked.max_array_size,
+                room=None if asked.max_submitted is None else max(0, asked.max_submitted - len(jobs)),
+                tasks_per_job=self.scheduler.tasks_per_job(name, ranks),
+                max_time_min=asked.max_time_min,
+                max_memory_GB=asked.max_memory_GB,
+            )
+        cores = ranks * resources.cpus_per_rank
         room = self.site.max_running_tasks or max(1, (self.site.task_limit() or 1) // cores)
-        return Limits(self.campaign.max_attempts, room)
+        return replace(common, max_running=room)
 
     def _perform(self, action: Action) -> None:
-        if isinstance(action, Plan | Submit | Collect) and not is_mine(self.folder.leases):
+        if isinstance(action, Plan | Submit | Adopt | RecordEndings | SetAside | Collect) and not is_mine(
+            self.folder.leases
+        ):
             raise LeaseHeld(
                 "another manager has taken over this campaign; this one stops without touching it"
             )
@@ -103,9 +194,18 @@ class Manager:
             self._plan(action)
         elif isinstance(action, Submit):
             self._submit(action)
+        elif isinstance(action, Adopt):
+            self._adopt(action)
+        elif isinstance(action, RecordEndings):
+            self._record_endings(action)
+        elif isinstance(action, SetAside):
+            where = self.folder.stage(action.round, action.stage)
+            for task, why in action.why.items():
+                create_json_once(where.task(task).aside, {"why": why, "at": self._clock()})
         elif isinstance(action, Collect):
             context = self._context(action.round, action.stage)
-            write_json(context.here.product, stage_named(action.stage).collect(context))
+            tasks = len(context.plan())
+            write_json(context.here.product, {**stage_named(action.stage).collect(context), "tasks": tasks})
             tidy(context.here)
         elif isinstance(action, CancelStrays):
             self.scheduler.cancel(action.job_ids)
@@ -118,26 +218,58 @@ class Manager:
     def _plan(self, action: Plan) -> None:
         context = self._context(action.round, action.stage)
         tasks = [dict(payload) for payload in stage_named(action.stage).plan(context)]
-        context.here.path.mkdir(parents=True, exist_ok=True)
+        context.here.attempts.mkdir(parents=True, exist_ok=True)
+        context.here.outcomes.mkdir(exist_ok=True)
         write_json(context.here.plan, {"tasks": tasks})
 
     def _submit(self, action: Submit) -> None:
         """Intent, held submission, record of the ids, release: a kill between any two of them is mended by the next turn."""
         where = self.folder.stage(action.round, action.stage)
-        where.intent(action.attempt).parent.mkdir(parents=True, exist_ok=True)
+        ranks = stage_named(action.stage).ranks(self.campaign)
         intent = {
             "attempt": action.attempt,
             "tasks": list(action.tasks),
+            "tasks_per_job": self.scheduler.tasks_per_job(action.stage, ranks),
             "job_name": self.scheduler.job_name(action.round, action.stage, action.attempt),
             "at": self._clock(),
+            "needs": vars(action.needs),
+            "hpcft_version": __version__,
         }
         if not create_json_once(where.intent(action.attempt), intent):
             raise LeaseHeld(f"attempt {action.attempt} of {where.path} was submitted by another manager")
-        ranks = stage_named(action.stage).ranks(self.campaign)
-        job_ids = self.scheduler.submit(action.round, action.stage, action.tasks, action.attempt, ranks)
-        by_task = {str(task): job_id for task, job_id in zip(action.tasks, job_ids, strict=True)}
-        write_json(where.submitted(action.attempt), {"job_ids": by_task, "at": self._clock()})
-        self.scheduler.release(job_ids)
+        try:
+            elements = self.scheduler.submit(
+                action.round, action.stage, action.tasks, action.attempt, ranks, action.needs
+            )
+        except SubmissionRefused as refusal:
+            write_json(where.rejected(action.attempt), {"limit": refusal.is_limit, "message": str(refusal)})
+            return
+        self._record_jobs(where, action.attempt, elements)
+        self.scheduler.release(elements)
+
+    def _adopt(self, action: Adopt) -> None:
+        where = self.folder.stage(action.round, action.stage)
+        attempt = read_attempt(where, action.attempt)
+        self.scheduler.adopt(action.round, action.stage, attempt, action.elements)
+        self._record_jobs(where, action.attempt, list(action.elements))
+        self.scheduler.release(action.elements)
+
+    def _record_jobs(self, where: StageFolder, number: int, elements: list[str]) -> None:
+        attempt = read_attempt(where, number)
+        job_ids = {str(task): job_id for task, job_id in attempt.job_ids_of(elements).items()}
+        write_json(where.submitted(number), {"job_ids": job_ids, "at": self._clock()})
+
+    def _record_endings(self, action: RecordEndings) -> None:
+        where = self.folder.stage(action.round, action.stage)
+        tasks = {
+            str(task): {key: value for key, value in vars(ending).items() if key != "at"}
+            for task, ending in action.endings.items()
+        }
+        number = len(where.endings())
+        while not create_json_once(
+            where.attempts / f"ended-{number:06d}.json", {"at": self._clock(), "tasks": tasks}
+        ):
+            number += 1
 
 
 def record_resume(folder: CampaignFolder, now: float) -> None:
@@ -158,13 +290,19 @@ def record_resume(folder: CampaignFolder, now: float) -> None:
 def _reopen_tasks_with_failures(where: StageFolder, num_tasks: int) -> None:
     """All tasks are done, yet the stage could not be collected: those that report failures are run again."""
     for task in map(where.task, range(num_tasks)):
-        if read_json(task.result).get("failed"):
+        if task.result.exists() and read_json(task.result).get("failed"):
             write_json(task.path / RETRY_FAILURES, {})
             task.result.rename(task.path / f"result-before-{time.time_ns()}.json")
 
 
-def stage_line(stage: StageRecord, alive: int) -> str:
-    """One plain line about a stage, for logs and pipes."""
+def stage_line(turn: Turn) -> str:
+    """One plain line about the stage in progress, for logs and pipes."""
+    stage = turn.records.current
+    if stage is None:
+        return "finished"
     if stage.num_tasks is None:
         return f"round {stage.round} {stage.name}: planning"
-    return f"round {stage.round} {stage.name}: {len(stage.done)} of {stage.num_tasks} tasks done, {alive} waiting or running"
+    line = f"round {stage.round} {stage.name}: {len(stage.done)} of {stage.num_tasks} tasks done"
+    line += f", {len(stage.set_aside)} set aside" * bool(stage.set_aside)
+    waiting = next((action.why for action in turn.actions if isinstance(action, Wait)), "")
+    return f"{line}, {waiting}" if waiting else line

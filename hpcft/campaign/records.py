@@ -3,17 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from hpcft.errors import UserError
 from hpcft.storage.atomic import TEMPORARY_PREFIX, read_json
-from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, stages_of
+from hpcft.storage.campaign_folder import CampaignFolder, Outcomes, StageFolder, stages_of
 
-TaskKey = tuple[int, str, int]
-"""Round, stage, task."""
+Cause = Literal[
+    "error",
+    "time-limit",
+    "out-of-memory",
+    "node-failure",
+    "preempted",
+    "cancelled",
+    "failed",
+    "lost",
+]
+"""Why an attempt ended without a result. error: the task said why; failed: its job failed without a word; lost: nobody
+knows."""
+CAUSES: tuple[Cause, ...] = get_args(Cause)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one attempt at one task ended without a result."""
+
+    attempt: int
+    cause: Cause
+    at: float = 0.0
+    node: str | None = None
+    detail: str = ""
+    memory_GB: float | None = None
+    """What the job had asked for, where accounting says it."""
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Slurm's refusal of a submission. `limit`: too many jobs at the moment, so a smaller or later one may pass."""
+
+    limit: bool
+    message: str
 
 
 @dataclass(frozen=True)
@@ -25,6 +59,16 @@ class Attempt:
     job_name: str
     at: float
     job_ids: Mapping[int, str] | None
+    rejected: Rejection | None = None
+    tasks_per_job: int = 1
+
+    @property
+    def num_jobs(self) -> int:
+        return -(-len(self.tasks) // self.tasks_per_job)
+
+    def job_ids_of(self, elements: list[str]) -> dict[int, str]:
+        """The job of each task, where `elements` are the ids of this submission's jobs in order."""
+        return {task: elements[place // self.tasks_per_job] for place, task in enumerate(self.tasks)}
 
 
 @dataclass(frozen=True)
@@ -41,16 +85,35 @@ class StageRecord:
     errors: Mapping[int, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
     product: Mapping[str, Any] | None = None
     resumed_after: int = 0
+    endings: Mapping[int, tuple[Ending, ...]] = field(default_factory=dict)
+    set_aside: frozenset[int] = frozenset()
+    runs: Mapping[int, int] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def missing(self) -> tuple[int, ...]:
-        return tuple(i for i in range(self.num_tasks or 0) if i not in self.done)
+        """Tasks that are neither done nor set aside."""
+        return tuple(i for i in range(self.num_tasks or 0) if i not in self.done and i not in self.set_aside)
+
+    @cached_property
+    def _attempts_by_task(self) -> Mapping[int, tuple[Attempt, ...]]:
+        found: dict[int, list[Attempt]] = defaultdict(list)
+        for attempt in self.attempts:
+            for task in attempt.tasks:
+                found[task].append(attempt)
+        return {task: tuple(attempts) for task, attempts in found.items()}
+
+    def attempts_at(self, task: int) -> tuple[Attempt, ...]:
+        return self._attempts_by_task.get(task, ())
 
     def latest_attempt(self, task: int) -> Attempt | None:
-        return next((a for a in reversed(self.attempts) if task in a.tasks), None)
+        """The newest submission of a task that Slurm did not refuse."""
+        return next((a for a in reversed(self.attempts_at(task)) if a.rejected is None), None)
 
-    def attempts_since_resume(self, task: int) -> int:
-        return sum(1 for a in self.attempts if task in a.tasks and a.number > self.resumed_after)
+    def ending(self, task: int, attempt: int) -> Ending | None:
+        return next((e for e in self.endings.get(task, ()) if e.attempt == attempt), None)
+
+    def error(self, task: int, attempt: int) -> Mapping[str, Any] | None:
+        return next((e for e in self.errors.get(task, ()) if e["attempt"] == attempt), None)
 
 
 @dataclass(frozen=True)
@@ -84,40 +147,78 @@ def intents_of(stage: StageFolder) -> list[Path]:
     return [path for path in stage.intents() if not path.name.startswith(TEMPORARY_PREFIX)]
 
 
+def _number(path: Path) -> int:
+    with _naming(path):
+        number = int(path.name.partition("-")[0])
+    return number
+
+
 def _read_stage(folder: CampaignFolder, round_: int, name: str) -> StageRecord:
     stage = folder.stage(round_, name)
     if stage.product.exists():
-        count = _count_tasks(stage.plan)
-        done = frozenset(range(count))
-        return StageRecord(round_, name, count, (), done, {}, read_json(stage.product))
+        with _naming(stage.product):
+            product = read_json(stage.product)
+            count = int(product["tasks"])
+        return StageRecord(round_, name, count, done=frozenset(range(count)), product=product)
     if not stage.plan.exists():
         return StageRecord(round_, name)
-    count = _count_tasks(stage.plan)
-    attempts = tuple(_read_attempt(path, stage) for path in intents_of(stage))
-    done = frozenset(i for i in range(count) if stage.task(i).result.exists())
-    errors = {i: tuple(_read_error(path) for path in stage.task(i).errors()) for i in range(count)}
-    known = {i: e for i, e in errors.items() if e}
-    resumed_after = _resumed_after(folder, round_, name)
-    return StageRecord(round_, name, count, attempts, done, known, resumed_after=resumed_after)
+    with _naming(stage.plan):
+        count = len(read_json(stage.plan)["tasks"])
+    outcomes = stage.list_outcomes()
+    return StageRecord(
+        round_,
+        name,
+        count,
+        attempts=tuple(read_attempt(stage, _number(path)) for path in intents_of(stage)),
+        done=frozenset(task for task in outcomes.done if task < count),
+        errors=_read_errors(stage, outcomes),
+        resumed_after=_resumed_after(folder, round_, name),
+        endings=_read_endings(stage),
+        set_aside=frozenset(task for task in outcomes.set_aside if task < count),
+        runs=outcomes.runs,
+    )
 
 
-def _count_tasks(plan: Path) -> int:
-    with _naming(plan):
-        count = len(read_json(plan)["tasks"])
-    return count
-
-
-def _read_attempt(intent: Path, stage: StageFolder) -> Attempt:
+def read_attempt(stage: StageFolder, number: int) -> Attempt:
+    intent = stage.intent(number)
     with _naming(intent):
         content = read_json(intent)
-        number = int(content["attempt"])
-        tasks, job_name, at = tuple(content["tasks"]), str(content["job_name"]), float(content["at"])
-    submitted = stage.submitted(number)
-    job_ids = None
-    if submitted.exists():
-        with _naming(submitted):
-            job_ids = {int(task): str(job) for task, job in read_json(submitted)["job_ids"].items()}
-    return Attempt(number, tasks, job_name, at, job_ids)
+        attempt = Attempt(
+            number=int(content["attempt"]),
+            tasks=tuple(content["tasks"]),
+            job_name=str(content["job_name"]),
+            at=float(content["at"]),
+            job_ids=_read_job_ids(stage.submitted(number)),
+            rejected=_read_rejection(stage.rejected(number)),
+            tasks_per_job=int(content.get("tasks_per_job", 1)),
+        )
+    return attempt
+
+
+def _read_job_ids(path: Path) -> Mapping[int, str] | None:
+    if not path.exists():
+        return None
+    with _naming(path):
+        job_ids = {int(task): str(job) for task, job in read_json(path)["job_ids"].items()}
+    return job_ids
+
+
+def _read_rejection(path: Path) -> Rejection | None:
+    if not path.exists():
+        return None
+    with _naming(path):
+        content = read_json(path)
+        rejection = Rejection(bool(content["limit"]), str(content["message"]))
+    return rejection
+
+
+def _read_errors(stage: StageFolder, outcomes: Outcomes) -> dict[int, tuple[Mapping[str, Any], ...]]:
+    """What the tasks that are not done have said, oldest first."""
+    return {
+        task: tuple(_read_error(stage.task(task).error(number)) for number in numbers)
+        for task, numbers in outcomes.errors.items()
+        if task not in outcomes.done
+    }
 
 
 def _read_error(path: Path) -> Mapping[str, Any]:
@@ -125,6 +226,16 @@ def _read_error(path: Path) -> Mapping[str, Any]:
         content = read_json(path)
         error = {**content, "attempt": int(content["attempt"]), "message": str(content["message"])}
     return error
+
+
+def _read_endings(stage: StageFolder) -> dict[int, tuple[Ending, ...]]:
+    found: dict[int, list[Ending]] = defaultdict(list)
+    for path in stage.endings():
+        with _naming(path):
+            content = read_json(path)
+            for task, ending in content["tasks"].items():
+                found[int(task)].append(Ending(at=float(content["at"]), **ending))
+    return {task: tuple(endings) for task, endings in found.items()}
 
 
 def _resumed_after(folder: CampaignFolder, round_: int, stage: str) -> int:

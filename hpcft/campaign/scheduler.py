@@ -3,73 +3,129 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
-from hpcft.campaign.decide import Observation
-from hpcft.campaign.records import Attempt, Records, StageRecord, TaskKey
-from hpcft.campaign.worker import run_task
+from hpcft.campaign.decide import FoundSubmission, Observation, QueuedTask, is_open
+from hpcft.campaign.policy import Needs
+from hpcft.campaign.records import Attempt, Cause, Ending, Records, StageRecord
+from hpcft.campaign.worker import run_tasks
 from hpcft.cluster import local, slurm
-from hpcft.cluster.executors import JobSpec, submit
+from hpcft.cluster.executors import JobSpec, submit, write_inputs
 from hpcft.config.campaign import Campaign
 from hpcft.config.site import Site
 from hpcft.errors import SchedulerUnavailable
 from hpcft.storage.campaign_folder import CampaignFolder
 
+_CAUSES: dict[str, Cause] = {
+    "TIMEOUT": "time-limit",
+    "DEADLINE": "time-limit",
+    "OUT_OF_MEMORY": "out-of-memory",
+    "NODE_FAIL": "node-failure",
+    "BOOT_FAIL": "node-failure",
+    "PREEMPTED": "preempted",
+    "CANCELLED": "cancelled",
+    "FAILED": "failed",
+}
+# Their names alone do not say enough: memory that ran out in a step shows as FAILED, and no word of a completed job
+# says where its result is.
+_UNCLEAR = ("FAILED", "COMPLETED")
+
 
 class Scheduler:
-    """Submits the tasks of one campaign to one site, and says which of them wait or run."""
+    """Submits the tasks of one campaign to one site, and says which of them wait, run or have ended."""
 
-    def __init__(self, folder: CampaignFolder, campaign: Campaign, site: Site) -> None:
+    def __init__(
+        self,
+        folder: CampaignFolder,
+        campaign: Campaign,
+        site: Site,
+        run: slurm.Run = slurm.run_command,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.folder, self.campaign, self.site = folder, campaign, site
-        self._prefix = f"hpcft-{folder.read_identity()['id']}-"
+        self.name_prefix = f"hpcft-{folder.read_identity()['id']}-"
+        self._run, self._clock = run, clock
+        self._gone_since: dict[tuple[int, str, int, int], float] = {}
+
+    @property
+    def is_slurm(self) -> bool:
+        return self.site.executor == "slurm"
 
     def job_name(self, round_: int, stage: str, attempt: int) -> str:
-        return f"{self._prefix}r{round_}-{stage}-{attempt}"
+        return f"{self.name_prefix}r{round_}-{stage}-{attempt}"
 
-    def submit(self, round_: int, stage: str, tasks: Sequence[int], attempt: int, ranks: int) -> list[str]:
-        """Job ids, one for each of `tasks`; held on Slurm until `release`."""
+    def tasks_per_job(self, stage: str, ranks: int) -> int:
+        """Tasks that share a job: only tasks of one rank, and only on Slurm."""
+        return self.site.slurm_for(stage).tasks_per_job if self.is_slurm and ranks == 1 else 1  # type: ignore[arg-type]
+
+    def submit(
+        self, round_: int, stage: str, tasks: Sequence[int], attempt: int, ranks: int, needs: Needs
+    ) -> list[str]:
+        """Job ids, one for each job; held on Slurm until `release`."""
+        packed = self.tasks_per_job(stage, ranks)
+        resources = self.campaign.resources_for(stage)  # type: ignore[arg-type]
+        changes = {"time_min": needs.time_min, "memory_GB": needs.memory_GB}
         spec = JobSpec(
             name=self.job_name(round_, stage, attempt),
             stage=stage,
-            ranks=ranks,
-            resources=self.campaign.resources_for(stage),  # type: ignore[arg-type]
+            ranks=ranks if packed == 1 else min(packed, len(tasks)),
+            resources=resources.model_copy(update={k: v for k, v in changes.items() if v is not None}),
             folder=self.folder.stage(round_, stage).logs(attempt),
+            are_packed=packed > 1,
+            exclude=needs.exclude,
         )
+        arguments = self._arguments(round_, stage, tasks, attempt, packed)
+        return submit(self.site, spec, run_tasks, arguments)
+
+    def adopt(self, round_: int, stage: str, attempt: Attempt, elements: Sequence[str]) -> None:
+        """Write the inputs for which the jobs of an unrecorded submission will look."""
+        arguments = self._arguments(round_, stage, attempt.tasks, attempt.number, attempt.tasks_per_job)
+        write_inputs(self.folder.stage(round_, stage).logs(attempt.number), elements, run_tasks, arguments)
+
+    def _arguments(
+        self, round_: int, stage: str, tasks: Sequence[int], attempt: int, packed: int
+    ) -> list[tuple[object, ...]]:
         root = str(self.folder.root)
-        return submit(self.site, spec, run_task, [(root, round_, stage, task, attempt) for task in tasks])
+        shares = [tuple(tasks[start : start + packed]) for start in range(0, len(tasks), packed)]
+        return [(root, round_, stage, share, attempt) for share in shares]
 
     def release(self, job_ids: Sequence[str]) -> None:
-        if self.site.executor == "slurm":
-            slurm.release(job_ids)
+        """Let jobs start; where Slurm does not answer, the next look tries again."""
+        if self.is_slurm and job_ids:
+            with contextlib.suppress(SchedulerUnavailable):
+                slurm.release(job_ids, self._run)
 
     def cancel(self, job_ids: Sequence[str]) -> None:
-        if job_ids and self.site.executor == "slurm":
-            slurm.cancel(job_ids)
+        if job_ids and self.is_slurm:
+            slurm.cancel(job_ids, self._run)
 
     def cancel_all(self) -> int:
         """End everything of this campaign that waits or runs; returns how many jobs that were."""
-        if self.site.executor == "slurm":
-            jobs = [job.job_id for job in slurm.queue(self._prefix)]
+        if self.is_slurm:
+            jobs = [j.job_id for j in slurm.queue(self.name_prefix, self._run) if not j.is_over]
             self.cancel(jobs)
             return len(jobs)
         return local.cancel_below(self.folder.root)
 
     def observe(self, records: Records) -> Observation:
-        """What waits or runs now; `known` is False when Slurm did not answer."""
+        """What waits or runs now, and how the rest has ended; `known` is False when Slurm did not answer."""
         stage = records.current
-        if stage is None or stage.num_tasks is None:
+        if stage is None or not stage.num_tasks or not stage.missing:
             return Observation()
-        if self.site.executor == "local":
-            return Observation(self._alive_locally(stage))
+        if not self.is_slurm:
+            return self._observe_locally(stage)
         try:
-            jobs = slurm.queue(self._prefix)
+            jobs = slurm.queue(self.name_prefix, self._run)
         except SchedulerUnavailable:
             return Observation(known=False)
         return self._from_queue(stage, jobs)
 
-    def _alive_locally(self, stage: StageRecord) -> frozenset[TaskKey]:
+    def _observe_locally(self, stage: StageRecord) -> Observation:
         where = self.folder.stage(stage.round, stage.name)
-        alive = set()
+        alive: dict[int, QueuedTask] = {}
+        ended: dict[int, Ending] = {}
         for task in stage.missing:
             attempt = stage.latest_attempt(task)
             if attempt is None:
@@ -78,36 +134,109 @@ class Scheduler:
             lock = where.task(task).lock
             started = job_id is not None and local.job_is_alive(job_id, where.logs(attempt.number))
             if started or (lock.exists() and local.lock_is_held(lock)):
-                alive.add((stage.round, stage.name, task))
-        return frozenset(alive)
+                alive[task] = QueuedTask(job_id or "", is_running=True)
+            else:
+                ended[task] = Ending(attempt.number, "lost")
+        return Observation(alive=alive, ended=ended, gone_for_s=dict.fromkeys(ended, float("inf")))
 
     def _from_queue(self, stage: StageRecord, jobs: Sequence[slurm.QueuedJob]) -> Observation:
         """Match by name and id; release what was recorded but not released; report what was never recorded.
 
         Jobs of earlier stages may still be completing: they are nobody's business any more.
         """
-        alive: set[TaskKey] = set()
-        strays: list[str] = []
-        held: list[str] = []
-        by_name = {a.job_name: a for a in stage.attempts}
+        by_name: dict[str, list[slurm.QueuedJob]] = defaultdict(list)
         for job in jobs:
-            attempt = by_name.get(job.name)
-            if attempt is None:
-                continue
-            task = _task_of(attempt, job.job_id)
-            if task is None:
-                strays.append(job.job_id)
-            else:
-                alive.add((stage.round, stage.name, task))
-                if job.is_held:
+            by_name[job.name].append(job)
+        alive: dict[int, QueuedTask] = {}
+        over: dict[int, slurm.QueuedJob] = {}
+        found: dict[int, tuple[FoundSubmission, ...]] = {}
+        held: list[str] = []
+        for attempt in stage.attempts:
+            mine = by_name.get(attempt.job_name, [])
+            recorded = _tasks_by_job(attempt.job_ids or {})
+            for job in mine:
+                for task in recorded.get(job.job_id, ()):
+                    if job.is_over:
+                        over[task] = job
+                    else:
+                        alive[task] = QueuedTask(job.job_id, job.is_running, job.reason, job.node)
+                if job.is_held and job.job_id in recorded:
                     held.append(job.job_id)
-        if held:
-            with contextlib.suppress(SchedulerUnavailable):  # the next look tries again
-                self.release(held)
-        return Observation(frozenset(alive), True, tuple(strays))
+            strays = [j for j in mine if j.job_id not in recorded and not j.is_over]
+            if strays:
+                found[attempt.number] = _submissions(strays)
+        self.release(held)
+        gone = self._gone(stage, alive)
+        return Observation(True, alive, self._ended(stage, gone, over), gone, found)
+
+    def _gone(self, stage: StageRecord, alive: Mapping[int, QueuedTask]) -> dict[int, float]:
+        """For how long each recorded, unfinished task has had no job any more, as far as this process has watched."""
+        now = self._clock()
+        since: dict[tuple[int, str, int, int], float] = {}
+        gone: dict[int, float] = {}
+        for task in stage.missing:
+            latest = stage.latest_attempt(task)
+            if latest is None or latest.job_ids is None or task in alive or not is_open(stage, task):
+                continue
+            key = (stage.round, stage.name, task, latest.number)
+            since[key] = self._gone_since.get(key, now)
+            gone[task] = now - since[key]
+        self._gone_since = since
+        return gone
+
+    def _ended(
+        self, stage: StageRecord, gone: Mapping[int, float], over: Mapping[int, slurm.QueuedJob]
+    ) -> dict[int, Ending]:
+        """How the jobs of tasks that are gone have ended: as the queue still shows, or as accounting knows."""
+        ended: dict[int, Ending] = {}
+        unclear: dict[int, tuple[int, str, str]] = {}
+        for task in gone:
+            latest = stage.latest_attempt(task)
+            if latest is None or latest.job_ids is None or stage.error(task, latest.number):
+                continue
+            job = over.get(task)
+            if job is None or job.state in _UNCLEAR:
+                unclear[task] = (latest.number, latest.job_ids[task], latest.job_name)
+            else:
+                ended[task] = Ending(latest.number, _CAUSES.get(job.state, "lost"), 0.0, job.node or None)
+        return ended | (self._accounted(unclear) if unclear else {})
+
+    def _accounted(self, tasks: Mapping[int, tuple[int, str, str]]) -> dict[int, Ending]:
+        try:
+            jobs = slurm.accounting([job_id for _, job_id, _ in tasks.values()], self._run)
+        except SchedulerUnavailable:
+            return {}  # no accounting here, or not now: time will tell
+        ended = {}
+        for task, (attempt, job_id, name) in tasks.items():
+            job = jobs.get(job_id)
+            # The number may have been used before, by another job.
+            if job is not None and job.name == name and (cause := _cause(job)) is not None:
+                ended[task] = Ending(
+                    attempt, cause, 0.0, job.node or None, f"exit code {job.exit_code}", job.memory_GB
+                )
+        return ended
 
 
-def _task_of(attempt: Attempt, job_id: str) -> int | None:
-    """The task that a job runs; None for a job whose submission was not recorded."""
-    recorded = attempt.job_ids or {}
-    return next((task for task, known in recorded.items() if known == job_id), None)
+def _cause(job: slurm.AccountedJob) -> Cause | None:
+    """None while accounting does not say that the job is over, or says only that it completed."""
+    if "OUT_OF_MEMORY" in job.step_states and job.state in ("FAILED", "OUT_OF_MEMORY"):
+        return "out-of-memory"
+    return _CAUSES.get(job.state)
+
+
+def _tasks_by_job(job_ids: Mapping[int, str]) -> dict[str, list[int]]:
+    tasks: dict[str, list[int]] = defaultdict(list)
+    for task, job_id in job_ids.items():
+        tasks[job_id].append(task)
+    return tasks
+
+
+def _submissions(jobs: Sequence[slurm.QueuedJob]) -> tuple[FoundSubmission, ...]:
+    """Elements of an array together, in order; a single job alone."""
+    arrays: dict[str, list[str]] = defaultdict(list)
+    for job in jobs:
+        arrays[job.job_id.split("_")[0]].append(job.job_id)
+    return tuple(
+        FoundSubmission(base, tuple(sorted(ids, key=lambda i: int(i.partition("_")[2] or 0))))
+        for base, ids in sorted(arrays.items(), key=lambda item: int(item[0]))
+    )

@@ -1,14 +1,21 @@
-"""What an array element executes: one rank of one task, found by campaign folder, round, stage and number."""
+"""What a job executes: the ranks of one task, or one task in each rank, found by campaign folder, round, stage and number."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
+import os
 import platform
+import signal
+import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from hpcft import __version__
 from hpcft.campaign.records import intents_of
@@ -16,37 +23,66 @@ from hpcft.cluster.ranks import rank_of_this_process
 from hpcft.errors import CampaignStopped, UserError
 from hpcft.storage.atomic import create_json_once, read_json, remove_leftovers
 from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, TaskFolder
+from hpcft.training.rank import Rank
 
-_LOCK_WAIT_S = 30.0
+log = logging.getLogger(__name__)
+
+# An older execution, on a node that Slurm has given up, looks this often whether a newer one has begun.
+WATCH_S = 5.0
+_LOCK_WAIT_S = 60.0
+SUPERSEDED_EXIT = 75
 
 
-def run_task(root: str, round_: int, stage: str, index: int, attempt: int) -> str:
-    """Run one task to its end, or as far as it gets; the outcome is on disk, the return value for logs only."""
+def run_tasks(root: str, round_: int, stage: str, tasks: Sequence[int], attempt: int) -> str:
+    """Run this process's share: a rank of the only task, or the whole of one of several tasks of one rank each.
+
+    The outcome is on disk, the return value for logs only.
+    """
+    rank = rank_of_this_process(attempt)
+    if len(tasks) == 1 and not _is_packed(root, round_, stage, attempt):
+        return run_task(root, round_, stage, tasks[0], attempt, rank)
+    if rank.rank >= len(tasks):
+        return "nothing to do: the last job of a stage may have fewer tasks than ranks"
+    alone = replace(rank, rank=0, world_size=1, num_nodes=1)
+    return run_task(root, round_, stage, tasks[rank.rank], attempt, alone)
+
+
+def _is_packed(root: str, round_: int, stage: str, attempt: int) -> bool:
+    intent = CampaignFolder(Path(root)).stage(round_, stage).intent(attempt)
+    return int(read_json(intent).get("tasks_per_job", 1)) > 1
+
+
+def run_task(root: str, round_: int, stage: str, index: int, attempt: int, rank: Rank | None = None) -> str:
+    """Run one task to its end, or as far as it gets."""
     folder = CampaignFolder(Path(root))
     where = folder.stage(round_, stage)
     task = where.task(index)
-    rank = rank_of_this_process(attempt)
+    rank = rank or rank_of_this_process(attempt)
     task.path.mkdir(parents=True, exist_ok=True)
-    with _only_attempt(task, rank.is_first) as alone:
-        if not alone or not is_current(where, index, attempt):
-            return "superseded"
+    if not is_current(where, index, attempt):
+        return "superseded"
+    if task.result.exists():
+        return "done already"
+    _say_when_code_has_changed(where, attempt)
+    with _ending_signals() as signals, _only_execution(task, attempt, rank.is_first) as number:
         if task.result.exists():
             return "done already"
         try:
-            return _run(folder, round_, stage, index, attempt)
+            return _run(folder, round_, stage, index, attempt, rank, number)
         except BaseException as error:
             if rank.is_first or not isinstance(error, SystemExit | KeyboardInterrupt):
-                _record_error(task, attempt, error)
+                _record_error(task, attempt, error, signals)
             raise
 
 
-def _run(folder: CampaignFolder, round_: int, stage: str, index: int, attempt: int) -> str:
+def _run(
+    folder: CampaignFolder, round_: int, stage: str, index: int, attempt: int, rank: Rank, number: int
+) -> str:
     # Imported here: the lock is taken before the seconds that torch needs to load.
     from hpcft.campaign.settings import campaign_of
     from hpcft.stages.context import StageContext, TaskContext
     from hpcft.stages.registry import stage_named
 
-    rank = rank_of_this_process(attempt)
     device = str(read_json(folder.site)["device"])
     context = StageContext(folder, campaign_of(folder), round_, stage, device)
     where = context.here.task(index)
@@ -58,14 +94,22 @@ def _run(folder: CampaignFolder, round_: int, stage: str, index: int, attempt: i
     if rank.is_first:
         about = {
             "attempt": attempt,
+            "execution": number,
             "wall_s": time.monotonic() - start,
+            "peak_memory_MiB": _peak_memory_MiB(),
             "host": platform.node(),
             "hpcft_version": __version__,
         }
-        if not is_current(context.here, index, attempt):
+        if where.run(number + 1).exists():
             return "superseded"
         create_json_once(where.result, {**outcome, "about": about})
     return "done"
+
+
+def _peak_memory_MiB() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def is_current(stage: StageFolder, index: int, attempt: int) -> bool:
@@ -77,13 +121,29 @@ def is_current(stage: StageFolder, index: int, attempt: int) -> bool:
     return False
 
 
+def _say_when_code_has_changed(where: StageFolder, attempt: int) -> None:
+    submitted_by = read_json(where.intent(attempt)).get("hpcft_version")
+    if submitted_by != __version__:
+        log.warning(
+            "this job was submitted by hpcft %s and is run by hpcft %s: what is installed has changed since. Results say "
+            "which version made them.",
+            submitted_by,
+            __version__,
+        )
+
+
 @contextlib.contextmanager
-def _only_attempt(task: TaskFolder, is_first: bool) -> Iterator[bool]:
-    """Hold the task's lock in rank 0; False when another execution still has it after a while."""
+def _only_execution(task: TaskFolder, attempt: int, is_first: bool) -> Iterator[int]:
+    """Own the task as its newest execution, in rank 0; yields the execution's number.
+
+    An older execution may live on where Slurm has lost sight of its node. It sees the newer one's mark and ends, which
+    frees the lock; on a file system without locks it is given the time to. Raises RuntimeError if it does not end.
+    """
     if not is_first:
-        yield True
+        yield 0
         return
-    with task.lock.open("a") as stream:
+    number = _claim(task, attempt)
+    with task.lock.open("a") as stream, _ending_once_superseded(task, number):
         deadline = time.monotonic() + _LOCK_WAIT_S
         while True:
             try:
@@ -91,18 +151,102 @@ def _only_attempt(task: TaskFolder, is_first: bool) -> Iterator[bool]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    yield False
-                    return
+                    raise RuntimeError(
+                        f"another execution of this task still holds {task.lock} after {_LOCK_WAIT_S:.0f} s; end it, "
+                        "or wait until it is done, and resume"
+                    ) from None
                 time.sleep(0.2)
             except OSError:
-                break  # a file system without flock: there the scheduler's word is what counts
-        yield True
+                time.sleep(2 * WATCH_S if number > 1 else 0)
+                break
+        yield number
 
 
-def _record_error(task: TaskFolder, attempt: int, error: BaseException) -> None:
+def _claim(task: TaskFolder, attempt: int) -> int:
+    """Mark this execution as the task's newest one; the mark names host and job for whoever looks."""
+    task.result.parent.mkdir(exist_ok=True)
+    mark = {
+        "attempt": attempt,
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID"),
+        "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "at": time.time(),
+    }
+    # The host name alone is no node's where several nodes share a host.
+    mark["node"] = os.environ.get("SLURMD_NODENAME", mark["host"])
+    number = 1
+    while task.run(number).exists() or not create_json_once(task.run(number), mark):
+        number += 1
+    return number
+
+
+@contextlib.contextmanager
+def _ending_once_superseded(task: TaskFolder, number: int) -> Iterator[None]:
+    """While this lasts, end the process once a newer execution of its task has begun."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(WATCH_S):
+            if task.run(number + 1).exists():
+                print(
+                    f"a newer execution of {task.path} has begun: this one ends", file=sys.stderr, flush=True
+                )
+                os._exit(SUPERSEDED_EXIT)
+
+    threading.Thread(target=watch, daemon=True, name="superseded-watch").start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+@dataclass
+class _Signals:
+    """What the scheduler has told this process about its end."""
+
+    received: list[str] = field(default_factory=list)
+
+    @property
+    def time_is_up(self) -> bool:
+        return "SIGUSR2" in self.received
+
+
+@contextlib.contextmanager
+def _ending_signals() -> Iterator[_Signals]:
+    """Take the signals out of submitit's hands, which would count any of them as a time-out of a short job.
+
+    SIGUSR2 announces the end: work goes on, for everything finished is on disk and what is in hand may still get there.
+    SIGTERM is the end: no handler, so that a requeued job is free at once.
+    """
+    heard = _Signals()
+    if threading.current_thread() is not threading.main_thread() or not os.environ.get("SUBMITIT_EXECUTOR"):
+        yield heard
+        return
+
+    def note(number: int, frame: Any) -> None:
+        heard.received.append(signal.Signals(number).name)
+        if os.environ["SUBMITIT_EXECUTOR"] == "local":
+            # There is no scheduler here that would remember why it ended the task.
+            raise KeyboardInterrupt("its time limit is near")
+
+    before = {
+        signal.SIGUSR2: signal.signal(signal.SIGUSR2, note),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, signal.SIG_DFL),
+    }
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _record_error(task: TaskFolder, attempt: int, error: BaseException, signals: _Signals) -> None:
     """Why this attempt ended. `final`: the same input would fail again, so it is not tried again."""
+    timed_out = isinstance(error, KeyboardInterrupt) and signals.time_is_up
     content = {
         "attempt": attempt,
+        "cause": "time-limit" if timed_out else "error",
         "message": f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error),
         "final": isinstance(error, UserError | CampaignStopped) or type(error).__name__ == "NotFinite",
         "traceback": traceback.format_exc()[-8000:],

@@ -10,8 +10,9 @@ from typing import Self
 from rich.console import Console
 from rich.status import Status
 
-from hpcft.campaign.decide import Collect, Submit
+from hpcft.campaign.decide import Adopt, Collect, RecordEndings, SetAside, Submit
 from hpcft.campaign.manager import Turn, stage_line
+from hpcft.campaign.policy import describe
 from hpcft.report.results import METRICS, RoundResult, read_results, shown
 from hpcft.storage.campaign_folder import CampaignFolder
 
@@ -26,6 +27,7 @@ class Progress:
         self._started = time.monotonic()
         self._stage_started = self._started
         self._rounds_shown = 0
+        self._silent = False
 
     def __enter__(self) -> Self:
         identity = self.folder.read_identity()
@@ -48,16 +50,42 @@ class Progress:
                 self._print(
                     f"round {action.round} {action.stage}: tasks {list(action.tasks)} again, attempt {action.attempt}"
                 )
+            if isinstance(action, Adopt):
+                self._print(
+                    f"round {action.round} {action.stage}: found {len(action.elements)} jobs in the queue whose submission "
+                    f"had not been recorded ({action.elements[0].split('_')[0]}); they are ours"
+                )
+            if isinstance(action, RecordEndings):
+                self._ended(action)
+            if isinstance(action, SetAside):
+                for task, why in sorted(action.why.items()):
+                    self._print(f"round {action.round} {action.stage}: task {task} is set aside: {why}")
             if isinstance(action, Collect):
                 self._collected(action)
         stage = turn.records.current
         if stage is None:
             return
-        line = stage_line(stage, len(turn.observation.alive)) + self._epoch(stage.round, stage.name)
-        if not turn.observation.known:
-            line += " (Slurm does not answer; this is what was last known)"
+        line = stage_line(turn) + self._epoch(stage.round, stage.name)
+        self._show_silence(not turn.scheduler_answers, turn.unconfirmed)
         if self._status is not None:
             self._status.update(f"{line} · {time.monotonic() - self._stage_started:.0f} s")
+
+    def _ended(self, action: RecordEndings) -> None:
+        for task, ending in sorted(action.endings.items())[:10]:
+            self._print(
+                f"round {action.round} {action.stage}: task {task}, attempt {ending.attempt}: {describe(ending)}"
+            )
+        if len(action.endings) > 10:
+            self._print(f"round {action.round} {action.stage}: and {len(action.endings) - 10} more tasks")
+
+    def _show_silence(self, is_silent: bool, why: str) -> None:
+        if is_silent and not self._silent:
+            self._print(
+                f"{self._clock()}  Slurm does not answer; jobs may go on, and it is asked again. {why}".rstrip()
+            )
+        elif self._silent and not is_silent:
+            self._print(f"{self._clock()}  Slurm answers again")
+        self._silent = is_silent
 
     def _collected(self, action: Collect) -> None:
         seconds = time.monotonic() - self._stage_started

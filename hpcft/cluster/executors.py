@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
+import re
 import shlex
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, JobPaths
 
 from hpcft.config.campaign import Resources
 from hpcft.config.site import Site
-from hpcft.errors import SchedulerUnavailable
+from hpcft.errors import SchedulerUnavailable, SubmissionRefused
 
 _ALL = 1_000_000
+_KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+# sbatch's reason for a job that was not taken. Those that speak of the connection leave open whether it arrived.
+_REFUSAL = re.compile(r"Batch job submission failed: (.+)")
+_UNCLEAR = re.compile(
+    r"timed out|contact|connect|communicat|zero bytes|temporarily|socket|shutting down|in standby|unspecified",
+    re.IGNORECASE,
+)
+_TOO_MANY = re.compile(r"MaxSubmitJob|job submit limit|MaxJobCount|too many jobs", re.IGNORECASE)
+_BAD_OPTION = re.compile(r"sbatch: (?:error: )?(?:unrecognized option|Invalid|invalid|option requires)")
 
 
 @dataclass(frozen=True)
@@ -31,9 +43,21 @@ class JobSpec:
     name: str
     stage: str
     ranks: int
+    """Processes of each job: the ranks of one task, or as many tasks of one rank."""
     resources: Resources
     folder: Path
     """submitit's own folder for this submission."""
+    are_packed: bool = False
+    """The ranks are tasks of their own: one that fails leaves the others alone."""
+    exclude: tuple[str, ...] = ()
+    """Nodes not to run on."""
+    after: tuple[str, ...] = ()
+    """Jobs that must be over before this one starts."""
+
+    @property
+    def is_held(self) -> bool:
+        """Work is released once its job ids are recorded; a controller waits for the jobs before it anyway."""
+        return self.stage != "controller"
 
 
 def submit(
@@ -42,19 +66,43 @@ def submit(
     """Submit one call of `function` per element, as one array where there are several; returns the job ids.
 
     On Slurm the jobs are held: release them with `hpcft.cluster.slurm.release` once their ids are recorded. Raises
-    SchedulerUnavailable when sbatch fails: then the jobs may have been submitted or not.
+    SubmissionRefused when Slurm has said no, SchedulerUnavailable when nobody knows whether the jobs arrived.
     """
     spec.folder.mkdir(parents=True, exist_ok=True)
     executor = _executor(site, spec)
-    with _environment(_variables(site, spec)), _children_ignore_ctrl_c():
+    complaint = io.StringIO()  # submitit prints it as well as raising it
+    with _clean_environment(_variables(site, spec)), _children_ignore_ctrl_c():
         try:
-            jobs = executor.map_array(function, *zip(*arguments, strict=True))
+            with contextlib.redirect_stderr(complaint):
+                jobs = executor.map_array(function, *zip(*arguments, strict=True))
         except (FailedJobError, FailedSubmissionError) as error:
-            raise SchedulerUnavailable(
-                f"sbatch did not confirm the submission of {spec.name}: {error}\nShould it have arrived all the same, it "
-                "will be found in the queue: go on with hpcft resume."
-            ) from error
+            raise _failure(spec.name, str(error)) from error
     return [str(job.job_id) for job in jobs]
+
+
+def _failure(name: str, words: str) -> SubmissionRefused | SchedulerUnavailable:
+    """What sbatch's words mean: a no, or nothing that can be relied on."""
+    refusal = _REFUSAL.search(words)
+    reason = refusal[1] if refusal else words
+    if (refusal or _BAD_OPTION.search(words)) and not _UNCLEAR.search(reason):
+        return SubmissionRefused(
+            f"Slurm refuses {name}: {words.strip()}", is_limit=bool(_TOO_MANY.search(words))
+        )
+    return SchedulerUnavailable(
+        f"sbatch did not confirm the submission of {name}: {words.strip()}\nShould it have arrived all the same, it "
+        "will be found in the queue: go on with hpcft resume."
+    )
+
+
+def write_inputs(
+    folder: Path,
+    job_ids: Sequence[str],
+    function: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+) -> None:
+    """Give jobs that submitit's process did not live to see their input under the names by which they look for it."""
+    for job_id, values in zip(job_ids, arguments, strict=True):
+        DelayedSubmission(function, *values).dump(JobPaths(folder, job_id, 0).submitted_pickle)
 
 
 def _executor(site: Site, spec: JobSpec) -> Any:
@@ -66,7 +114,9 @@ def _executor(site: Site, spec: JobSpec) -> Any:
             **_visible_gpus(),
         )
         return local
-    slurm = submitit.SlurmExecutor(spec.folder, max_num_timeout=0)
+    slurm = submitit.SlurmExecutor(
+        spec.folder, max_num_timeout=0, python=shlex.join(site.python) if site.python else None
+    )
     slurm.update_parameters(**slurm_parameters(site, spec))
     return slurm
 
@@ -86,7 +136,9 @@ def slurm_parameters(site: Site, spec: JobSpec) -> dict[str, Any]:
     """submitit's parameters for one submission: pure, so that tests read the batch script as text."""
     asked = site.slurm_for(spec.stage)  # type: ignore[arg-type]
     additional: dict[str, Any] = {key: value for key, value in asked.options.items() if value is not False}
-    additional |= {"hold": True, "requeue": True}
+    additional |= {"hold": True, "requeue": True} if spec.is_held else {"requeue": True}
+    if spec.after:
+        additional["dependency"] = "afterany:" + ":".join(spec.after)
     if spec.resources.memory_GB is not None:
         additional["mem"] = f"{math.ceil(spec.resources.memory_GB * 1024)}M"  # 0 would be the whole node
     parameters: dict[str, Any] = {
@@ -102,16 +154,25 @@ def slurm_parameters(site: Site, spec: JobSpec) -> dict[str, Any]:
         "setup": [*_exports(_variables(site, spec)), *site.setup],
         # Since Slurm 22.05 srun does not inherit the job's CPUs per task.
         "srun_args": [
-            "--kill-on-bad-exit=1",
+            f"--kill-on-bad-exit={0 if spec.are_packed else 1}",
             f"--cpus-per-task={spec.resources.cpus_per_rank}",
             *asked.srun_arguments,
         ],
         "additional_parameters": additional,
+        # Inside a step Slurm takes no further jobs on some sites, and a controller has one process anyway.
+        "use_srun": spec.stage != "controller",
         # submitit's default wckey is rejected by sites that enforce them.
         "wckey": asked.wckey,
     }
+    if spec.exclude:
+        parameters["exclude"] = ",".join(spec.exclude)
     if asked.gpus_per_rank:
-        parameters["gpus_per_node"] = asked.gpus_per_rank * spec.ranks
+        count = asked.gpus_per_rank * spec.ranks
+        wanted = f"{asked.gpu_type}:{count}" if asked.gpu_type else count
+        if asked.gpu_option == "gres":
+            parameters["gres"] = f"gpu:{wanted}"
+        else:
+            parameters["gpus_per_node"] = wanted
     # submitit's own default would hold an array to 256 elements at once.
     parameters["array_parallelism"] = asked.array_parallelism or _ALL
     return {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
@@ -141,15 +202,22 @@ def _children_ignore_ctrl_c() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """submitit starts local tasks and writes batch scripts from this process's own environment."""
-    before = {name: os.environ.get(name) for name in variables}
+def _clean_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Submit from this process's environment and `variables`, but without what is only true of the job that we run in.
+
+    A controller job submits from inside a job, whose SLURM_MEM_PER_CPU and the like contradict the new job's.
+    """
+    before = dict(os.environ)
+    if "SLURM_JOB_ID" in before:
+        for name in before:
+            if (
+                name.startswith(("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "PMI_", "PMIX_"))
+                and name not in _KEPT
+            ):
+                del os.environ[name]
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)

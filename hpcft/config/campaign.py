@@ -32,6 +32,11 @@ from hpcft.config.validate import (
 from hpcft.config.yaml_file import KeyPath, load_yaml
 from hpcft.errors import UserError
 
+# What says only how patiently and with what resources a campaign is computed: it may change while one goes on.
+PATIENCE_KEYS = frozenset(
+    {"max_attempts", "max_interruptions", "tolerated_failures", "time_limit_s", "time_min", "memory_GB"}
+)
+
 StageName = Literal["explore", "select", "label", "train", "probe", "reference", "evaluate"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 
@@ -113,6 +118,8 @@ class Explore(Section):
     """Guard: a replica hotter than this has exploded and is stopped, in K; left out: 5 temperature_K."""
     min_distance: Annotated[Positive, Unit("Å")] = 0.8
     """Guard: a replica with two atoms closer than this is stopped, in Å."""
+    tolerated_failures: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Fraction of the stage's tasks that may be given up before the campaign stops; it goes on without their replicas."""
     resources: Resources = Resources()
     """What one task asks of the machine."""
 
@@ -154,7 +161,7 @@ class Label(Section):
     shards: Count = 1
     """Tasks over which the frames are spread."""
     tolerated_failures: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Fraction of a stage's reference calculations that may fail for good before the campaign stops."""
+    """Fraction of a stage's reference calculations, and of its tasks, that may fail for good before the campaign stops."""
     resources: Resources = Resources()
     """What one task asks of the machine."""
 
@@ -274,6 +281,8 @@ class Probe(Section):
     """Fraction of each trajectory, from its start, that is not labelled."""
     temperature_K: Annotated[Positive, Unit("K")] | None = None
     """Temperature of the thermostat in K; left out: that of explore."""
+    tolerated_failures: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Fraction of the stage's tasks that may be given up before the campaign stops; it is judged without their replicas."""
     resources: Resources = Resources()
     """What one task asks of the machine."""
 
@@ -335,7 +344,9 @@ class Campaign(Section):
     evaluate: Evaluate = Evaluate()
     """Statistics of the bias."""
     max_attempts: Count = 3
-    """Attempts at each task before the campaign stops."""
+    """Attempts at each task before it is given up; lost nodes and preemptions do not count."""
+    max_interruptions: Count = 20
+    """Lost nodes and preemptions of each task before it is given up."""
 
     @property
     def probe_temperature_K(self) -> float:
@@ -347,6 +358,11 @@ class Campaign(Section):
         section = self.label if stage == "reference" else getattr(self, stage)
         resources: Resources = section.resources
         return resources
+
+    def tolerated_tasks(self, stage: StageName) -> float:
+        """Fraction of a stage's tasks without which the campaign goes on."""
+        section = self.label if stage == "reference" else getattr(self, stage)
+        return float(getattr(section, "tolerated_failures", 0.0))
 
     def files(self) -> dict[KeyPath, Path]:
         """Every input file by the key path that names it."""
@@ -394,7 +410,7 @@ def _decisive(content: dict[str, Any]) -> dict[str, Any]:
     kept = {
         key: _decisive(value) if isinstance(value, dict) else value
         for key, value in content.items()
-        if key not in ("max_attempts", "tolerated_failures", "time_limit_s", "time_min", "memory_GB")
+        if key not in PATIENCE_KEYS
     }
     return kept
 

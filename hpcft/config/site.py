@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,6 +37,13 @@ from hpcft.errors import UserError
 
 # sacct is not among them: a site without accounting is served by squeue and the tasks' own records.
 _SLURM_EXECUTABLES = ("sbatch", "squeue", "scancel", "scontrol", "srun")
+
+JOBSCRIPTS = Path(__file__).parents[2] / "jobscripts"
+"""What `{jobscripts}` stands for: the scripts that run inside jobs lie beside the package, not in it."""
+_PLACEHOLDER = re.compile(r"(?<!\$)\{(jobscripts|python)\}")  # ${python} is a variable of the shell
+
+# As whole words: TOKENIZERS_PARALLELISM is no secret.
+_SECRET = re.compile(r"(TOKEN|SECRETS?|PASSWORDS?|PASSWD|API_?KEYS?|CREDENTIALS?)(?![A-Z0-9])", re.IGNORECASE)
 
 _OWN_KEYS = {"partition", "account", "qos", "constraint", "wckey"}
 _SET_BY_HPCFT = {
@@ -77,6 +87,39 @@ def _option_value(value: object) -> str | int | bool:
     return value
 
 
+def _variable_name(name: str) -> str:
+    if _SECRET.search(name):
+        raise ValueError(
+            "looks like a secret, and others can read site.json and batch scripts; delete it here and export it in the "
+            "shell that starts hpcft: sbatch hands that on to the jobs"
+        )
+    return name
+
+
+def filled_in(text: str, jobscripts: Path, quoted: Callable[[str], str] = str) -> str:
+    """The text with this folder for `{jobscripts}` and this interpreter for `{python}`; ValueError without the folder."""
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] == "python":
+            return quoted(sys.executable)
+        if not jobscripts.is_dir():
+            raise ValueError(
+                f"{{jobscripts}} stands for the folder {jobscripts}, which is not there; install hpcft from a clone of its "
+                "repository (pip install -e), or write the path of its folder jobscripts instead"
+            )
+        return quoted(str(jobscripts))
+
+    return _PLACEHOLDER.sub(value, text)
+
+
+def _word(text: str) -> str:
+    return filled_in(text, JOBSCRIPTS)
+
+
+def _shell_line(text: str) -> str:
+    return filled_in(text, JOBSCRIPTS, shlex.quote)
+
+
 SlurmName = Annotated[
     str,
     matching(
@@ -100,25 +143,27 @@ VariableName = Annotated[
     matching(
         r"[A-Za-z_][A-Za-z0-9_]*", "a variable's name has A-Z a-z 0-9 _ and does not begin with a digit"
     ),
+    AfterValidator(_variable_name),
 ]
-Lines = Annotated[tuple[OneLine, ...], Strict(False)]
-Words = Annotated[tuple[OneLine, ...], Strict(False)]
+Word = Annotated[OneLine, AfterValidator(_word)]
+Words = Annotated[tuple[Word, ...], Strict(False)]
+ShellLines = Annotated[tuple[Annotated[OneLine, AfterValidator(_shell_line)], ...], Strict(False)]
 
 
 class Slurm(Section):
     """What is asked of Slurm for every job."""
 
-    partition: SlurmName
-    """Partition, or several with commas."""
+    partition: SlurmName | None = None
+    """Partition, or several with commas; left out: the site chooses."""
     account: SlurmName | None = None
-    """Account that is charged; left out: the user's default."""
+    """Account that is charged; left out: that of SBATCH_ACCOUNT in your shell, or the user's default."""
     qos: SlurmName | None = None
     """Quality of service; left out: the default."""
     constraint: Constraint | None = None
     """Features that a node must have."""
     gpus_per_rank: Annotated[int, Field(ge=0)] = 0
     """GPUs for each rank."""
-    srun_arguments: Lines = ()
+    srun_arguments: Words = ()
     """More arguments of the srun that starts the ranks."""
     options: dict[OptionName, OptionValue] = Field(default_factory=dict)
     """More options of sbatch, without dashes; true: a flag without a value, false: not this flag."""
@@ -144,9 +189,6 @@ class Slurm(Section):
 
 class StageSlurm(Slurm):
     """What one stage asks of Slurm differently; a key that is not written is as in the slurm section."""
-
-    partition: SlurmName = ""
-    """Partition, or several with commas."""
 
     @model_serializer(mode="wrap")
     def _only_what_is_written(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -178,12 +220,14 @@ class Site(Section):
     """Device of the model; auto: a GPU where the task finds one."""
     poll_s: Annotated[Positive, Unit("s")] | None = None
     """Time between two looks at running tasks in seconds; left out: 0.5 (local) or 10 (slurm)."""
-    environment: dict[VariableName, OneLine] = Field(default_factory=dict)
-    """Environment variables of every task."""
-    setup: Lines = ()
+    patience_min: Annotated[Positive, Unit("min")] = 1440.0
+    """Time in minutes for which Slurm may fail to answer before `hpcft run` gives up with exit code 4."""
+    environment: dict[VariableName, Word] = Field(default_factory=dict)
+    """Environment variables of every task, no secrets; {jobscripts} is the folder of hpcft's job scripts."""
+    setup: ShellLines = ()
     """Shell lines that run in each job before the work, such as `module load`; slurm only."""
     python: Words = ()
-    """Words of the command that is Python inside jobs, such as a container's; left out: this Python; slurm only."""
+    """Words of the command that is Python in jobs; left out: {python}, the Python that hpcft was started with; slurm only."""
     slurm: Slurm | None = None
     """What is asked of Slurm."""
     stages: dict[StageName, StageSlurm] = Field(default_factory=dict)
@@ -205,7 +249,7 @@ class Site(Section):
     def slurm_for(self, stage: StageName | Literal["controller"]) -> Slurm:
         """The slurm section as this stage wants it: options are merged, any other key is replaced."""
         if self.slurm is None:
-            raise UserError(f"site {self.name} has no slurm section; add one with its partition to its file")
+            raise UserError(f"site {self.name} has no slurm section; add one to its file")
         override = self.controller if stage == "controller" else self.stages.get(stage)
         if override is None:
             return self.slurm
@@ -217,7 +261,10 @@ class Site(Section):
 
     def _problems(self) -> Iterator[tuple[KeyPath, str]]:
         if self.executor == "slurm" and self.slurm is None:
-            yield ("executor",), "slurm needs a partition; add a section `slurm:` with `partition: NAME`"
+            yield (
+                ("executor",),
+                "slurm needs a section `slurm:` with what jobs ask for; add it, as in `slurm: {partition: NAME}`",
+            )
         if self.stages and self.slurm is None:
             yield ("stages",), "changes the slurm section, but there is none; add it, or delete stages"
         if self.executor == "local" and self.python:

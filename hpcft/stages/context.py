@@ -39,13 +39,15 @@ class StageContext:
         return list(read_json(where.plan)["tasks"])
 
     def tasks_of(self, stage: str, round_: int | None = None) -> list[TaskFolder]:
+        """The tasks of a finished stage that have a result, in order; those that were set aside are missing."""
         round_ = self.round if round_ is None else round_
         where = self.folder.stage(round_, stage)
-        return [where.task(index) for index in range(len(self.plan(stage, round_)))]
+        aside = where.read_set_aside()
+        return [where.task(i) for i in range(len(self.plan(stage, round_))) if i not in aside]
 
     def results(self) -> list[dict[str, Any]]:
-        """The result of each task of this stage, in order."""
-        return [dict(read_json(task.result)) for task in self.tasks_of(self.stage)]
+        """The result of each task of this stage that has one, in order."""
+        return [result for _, result in sorted(self.here.read_results().items())]
 
     def model(self, round_: int) -> Path:
         """The model that round `round_` produced; round 0 is the foundation."""

@@ -7,6 +7,7 @@ from typing import Any
 from hpcft.config.campaign import Campaign
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.label_tasks import collect_shards, count_relaxations, run_shard, shards
+from hpcft.stages.sharing import numbers_of
 from hpcft.storage.structures import count_structures, read_structures
 
 
@@ -23,7 +24,8 @@ def plan(context: StageContext) -> list[dict[str, Any]]:
 
 def run(task: TaskContext) -> dict[str, Any]:
     selected = task.context.folder.stage(task.context.round, "select").task(0).path / "selected.h5"
-    return run_shard(task, read_structures(selected), "train")
+    frames = read_structures(selected, list(numbers_of(task.payload["frames"])))
+    return run_shard(task, frames, "train")
 
 
 def collect(context: StageContext) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from hpcft.labelling.shard import finish_shard, read_shard
 from hpcft.labelling.store import LabelStore
 from hpcft.labelling.worker import label_items
 from hpcft.stages.context import StageContext, TaskContext
+from hpcft.stages.sharing import every, numbers_of
 from hpcft.storage.campaign_folder import RETRY_FAILURES
 from hpcft.storage.structures import count_structures, read_structures
 
@@ -27,8 +28,8 @@ def shards(num_frames: int, num_relaxations: int, count: int) -> list[dict[str, 
     tasks = max(1, min(count, num_frames + num_relaxations))
     return [
         {
-            "frames": list(range(task, num_frames, tasks)),
-            "relaxations": list(range(tasks - 1 - task, num_relaxations, tasks)),
+            "frames": every(num_frames, task, tasks),
+            "relaxations": every(num_relaxations, tasks - 1 - task, tasks),
         }
         for task in range(tasks)
     ]
@@ -45,13 +46,16 @@ def reference_of(context: StageContext) -> Reference:
 
 
 def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str) -> dict[str, Any]:
-    """Label what is still missing of one shard. A label found in this campaign's earlier rounds is not paid for again."""
+    """Label what is still missing of one shard, whose frames are `frames`. A label found in this campaign's earlier
+    rounds is not paid for again.
+    """
     context = task.context
-    items = [Item.single_point(frames[number]) for number in task.payload["frames"]]
-    if task.payload["relaxations"]:
+    items = [Item.single_point(frame) for frame in frames]
+    relaxations = numbers_of(task.payload["relaxations"])
+    if relaxations:
         settings = context.campaign.relaxations
         path = context.folder.inputs / f"relaxations-{which_relaxations}.h5"
-        starts = read_structures(path, task.payload["relaxations"])
+        starts = read_structures(path, list(relaxations))
         items += [
             Item.relaxation(_free(atoms), fmax=settings.fmax, max_steps=settings.max_steps)
             for atoms in starts
@@ -85,8 +89,11 @@ def _free(atoms: Atoms) -> Atoms:
 
 
 def collect_shards(context: StageContext) -> dict[str, Any]:
-    """Counts over all shards; stops the campaign when more than the tolerated share failed."""
-    results = context.results()
+    """Counts over all shards; stops the campaign when more than the tolerated share failed.
+
+    What a task had labelled before it was set aside is kept; the rest of its items count as failed.
+    """
+    results = [*context.results(), *_salvage(context)]
     causes: dict[str, int] = {}
     for result in results:
         for cause, count in result["causes"].items():
@@ -102,7 +109,7 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
             "`hpcft run` goes on without them."
         )
     done = sum(result["done"] for result in results)
-    relaxations = sum(len(payload["relaxations"]) for payload in context.plan())
+    relaxations = sum(len(numbers_of(payload["relaxations"])) for payload in context.plan())
     frames = sum(result["frames_done"] for result in results)
     return {
         "items": items,
@@ -112,3 +119,29 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
         "relaxations": relaxations,
         "frames_done": frames,
     }
+
+
+def _salvage(context: StageContext) -> list[dict[str, Any]]:
+    """Publish what tasks that were set aside have in their journals; a result for each of them."""
+    found = []
+    plan = context.plan()
+    for index in context.here.read_set_aside():
+        where = context.here.task(index)
+        items = sum(len(numbers_of(plan[index][kind])) for kind in ("frames", "relaxations"))
+        records = read_journals(where.path) if where.path.exists() else {}
+        done = [r.result for r in records.values() if not isinstance(r.result, Failure)]
+        if done:
+            finish_shard(where.path, {"campaign": context.campaign.name})
+            LabelStore(context.folder.labels).register(where.path)
+        frames = sum(isinstance(result, Label) for result in done)
+        failed = items - len(done)
+        found.append(
+            {
+                "items": items,
+                "done": len(done),
+                "failed": failed,
+                "frames_done": frames,
+                "causes": {"set-aside": failed},
+            }
+        )
+    return found

@@ -8,17 +8,22 @@ from ase import Atoms
 
 from hpcft.labelling.journal import Record
 from hpcft.labelling.label import Label, Relaxation
-from hpcft.labelling.shard import read_shard
+from hpcft.labelling.shard import SHARD_FILE, read_shard
 from hpcft.stages.context import StageContext
+from hpcft.stages.sharing import numbers_of
 
 Pair = tuple[Atoms, Atoms]
 
 
 def _records(context: StageContext, stage: str, round_: int) -> Iterator[tuple[str, int, Record]]:
-    """(kind, number within that kind, record) of everything a label stage has finished."""
-    for payload, task in zip(context.plan(stage, round_), context.tasks_of(stage, round_), strict=True):
-        numbers = [("frame", i) for i in payload["frames"]] + [
-            ("relaxation", i) for i in payload["relaxations"]
+    """(kind, number within that kind, record) of everything a label stage has finished, tasks set aside included."""
+    where = context.folder.stage(round_, stage)
+    for index, payload in enumerate(context.plan(stage, round_)):
+        task = where.task(index)
+        if not (task.path / SHARD_FILE).exists():  # set aside before it had a single label
+            continue
+        numbers = [("frame", i) for i in numbers_of(payload["frames"])] + [
+            ("relaxation", i) for i in numbers_of(payload["relaxations"])
         ]
         for record in read_shard(task.path):
             kind, number = numbers[record.index]

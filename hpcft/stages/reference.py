@@ -7,8 +7,7 @@ from typing import Any
 from hpcft.config.campaign import Campaign
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.label_tasks import collect_shards, count_relaxations, run_shard, shards
-from hpcft.stages.sharing import probe_frames
-from hpcft.storage.structures import count_structures
+from hpcft.stages.sharing import count_probe_frames, numbers_of, probe_frames
 
 
 def ranks(campaign: Campaign) -> int:
@@ -16,13 +15,13 @@ def ranks(campaign: Campaign) -> int:
 
 
 def plan(context: StageContext) -> list[dict[str, Any]]:
-    frames = sum(count_structures(task.path / "frames.h5") for task in context.tasks_of("probe"))
+    frames = count_probe_frames(context)
     relaxations = count_relaxations(context, "test") if context.round == 0 else 0
     return shards(frames, relaxations, context.campaign.label.shards)
 
 
 def run(task: TaskContext) -> dict[str, Any]:
-    return run_shard(task, probe_frames(task.context), "test")
+    return run_shard(task, probe_frames(task.context, numbers_of(task.payload["frames"])), "test")
 
 
 def collect(context: StageContext) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 
 from hpcft.stages.context import StageContext
-from hpcft.storage.structures import read_structures
+from hpcft.storage.structures import count_structures, read_structures
 from hpcft.storage.trajectory import Trajectory
 
 
@@ -16,6 +17,16 @@ def share_out(count: int, tasks: int) -> list[dict[str, Any]]:
     """Payloads that spread `count` replicas over at most `tasks` tasks, evenly and in order."""
     parts = np.array_split(np.arange(count), min(tasks, count))
     return [{"replicas": [int(i) for i in part]} for part in parts]
+
+
+def every(count: int, first: int, step: int) -> dict[str, int]:
+    """The numbers first, first + step, ... below `count`, as a plan keeps them: a million must not make it long."""
+    return {"first": first, "stop": count, "step": step}
+
+
+def numbers_of(share: Mapping[str, int]) -> range:
+    """What `every` has written."""
+    return range(share["first"], share["stop"], share["step"])
 
 
 def last_states(context: StageContext) -> dict[int, dict[str, Any]]:
@@ -27,9 +38,19 @@ def last_states(context: StageContext) -> dict[int, dict[str, Any]]:
     return states
 
 
-def probe_frames(context: StageContext) -> list[Atoms]:
-    """The frames that this round's probe has set aside for the reference, numbered as everywhere."""
+def count_probe_frames(context: StageContext) -> int:
+    return sum(count_structures(task.path / "frames.h5") for task in context.tasks_of("probe"))
+
+
+def probe_frames(context: StageContext, wanted: Sequence[int] | None = None) -> list[Atoms]:
+    """The frames that this round's probe has kept for the reference, numbered as everywhere; those of `wanted` only."""
     frames: list[Atoms] = []
+    first = 0
     for task in context.tasks_of("probe"):
-        frames += read_structures(task.path / "frames.h5")
+        path = task.path / "frames.h5"
+        count = count_structures(path)
+        indices = None if wanted is None else [i - first for i in wanted if first <= i < first + count]
+        first += count
+        if indices is None or indices:
+            frames += read_structures(path, indices)
     return frames

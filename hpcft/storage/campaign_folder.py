@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,21 @@ def stages_of(round_: int) -> tuple[str, ...]:
     return STAGES_OF_ROUND_0 if round_ == 0 else STAGES
 
 
+_OUTCOME = re.compile(r"(\d+)\.(result|aside|run|error)(?:-(\d+))?\.json")
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What the tasks of a stage have left of themselves, from the names of one folder's files."""
+
+    done: frozenset[int] = frozenset()
+    set_aside: frozenset[int] = frozenset()
+    errors: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Attempts that ended with an error, by task."""
+    runs: Mapping[int, int] = field(default_factory=dict)
+    """Number of the newest execution, by task."""
+
+
 @dataclass(frozen=True)
 class StageFolder:
     path: Path
@@ -33,40 +52,126 @@ class StageFolder:
     def product(self) -> Path:
         return self.path / "product.json"
 
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts"
+
     def intent(self, attempt: int) -> Path:
-        return self.path / "attempts" / f"{attempt:04d}-intent.json"
+        return self.attempts / f"{attempt:04d}-intent.json"
 
     def submitted(self, attempt: int) -> Path:
-        return self.path / "attempts" / f"{attempt:04d}-submitted.json"
+        return self.attempts / f"{attempt:04d}-submitted.json"
+
+    def rejected(self, attempt: int) -> Path:
+        return self.attempts / f"{attempt:04d}-rejected.json"
 
     def intents(self) -> list[Path]:
-        return sorted((self.path / "attempts").glob("*-intent.json"))
+        return sorted(self.attempts.glob("*-intent.json"))
+
+    def endings(self) -> list[Path]:
+        """How attempts ended that left no result, as the manager saw it."""
+        return sorted(self.attempts.glob("ended-*.json"))
 
     def logs(self, attempt: int) -> Path:
         """submitit's folder of one submission: job ids may be used again, folders never."""
-        return self.path / "attempts" / f"{attempt:04d}-jobs"
+        return self.attempts / f"{attempt:04d}-jobs"
+
+    @property
+    def outcomes(self) -> Path:
+        """Results, errors and executions of all tasks, so that one listing tells what is done."""
+        return self.path / "outcomes"
+
+    @property
+    def results(self) -> Path:
+        """Results of all tasks, a line each, once the stage is finished."""
+        return self.path / "results.jsonl"
+
+    @property
+    def history(self) -> Path:
+        """Attempts, errors and logs, once the stage is finished."""
+        return self.path / "history.zip"
+
+    def list_outcomes(self) -> Outcomes:
+        done, aside = set(), set()
+        errors: dict[int, list[int]] = defaultdict(list)
+        runs: dict[int, int] = {}
+        try:
+            names = [entry.name for entry in self.outcomes.iterdir()]
+        except FileNotFoundError:
+            return Outcomes()
+        for name in names:
+            match = _OUTCOME.fullmatch(name)
+            if match is None:  # a temporary file
+                continue
+            task, kind, number = int(match[1]), match[2], int(match[3] or 0)
+            if kind == "result":
+                done.add(task)
+            elif kind == "aside":
+                aside.add(task)
+            elif kind == "error":
+                errors[task].append(number)
+            else:
+                runs[task] = max(number, runs.get(task, 0))
+        return Outcomes(
+            frozenset(done),
+            frozenset(aside - done),
+            {task: tuple(sorted(numbers)) for task, numbers in errors.items()},
+            runs,
+        )
+
+    def read_results(self) -> dict[int, dict[str, Any]]:
+        """The results of all tasks that are done, before and after the stage was packed."""
+        if self.results.exists():
+            lines = (json.loads(line) for line in self.results.read_text().splitlines())
+            return {line["task"]: line["result"] for line in lines if "result" in line}
+        done = sorted(self.list_outcomes().done)
+        return {task: dict(read_json(self.task(task).result)) for task in done}
+
+    def read_set_aside(self) -> dict[int, str]:
+        """Why tasks were given up, before and after the stage was packed."""
+        if self.results.exists():
+            lines = (json.loads(line) for line in self.results.read_text().splitlines())
+            return {line["task"]: line["set_aside"] for line in lines if "set_aside" in line}
+        aside = sorted(self.list_outcomes().set_aside)
+        return {task: str(read_json(self.task(task).aside)["why"]) for task in aside}
 
     def task(self, index: int) -> TaskFolder:
-        return TaskFolder(self.path / "tasks" / f"{index:04d}")
+        return TaskFolder(self.path / "tasks" / f"{index:04d}", self.outcomes / f"{index:04d}")
 
 
 @dataclass(frozen=True)
 class TaskFolder:
+    """`path` is for what the task makes; `outcome` begins the names of what it leaves of itself."""
+
     path: Path
+    outcome: Path
+
+    @property
+    def index(self) -> int:
+        return int(self.path.name)
 
     @property
     def result(self) -> Path:
-        return self.path / "result.json"
+        return self._outcome("result")
+
+    @property
+    def aside(self) -> Path:
+        """The task has been given up, and its stage goes on without it."""
+        return self._outcome("aside")
 
     @property
     def lock(self) -> Path:
         return self.path / "lock"
 
     def error(self, attempt: int) -> Path:
-        return self.path / f"error-{attempt:04d}.json"
+        return self._outcome(f"error-{attempt:04d}")
 
-    def errors(self) -> list[Path]:
-        return sorted(self.path.glob("error-*.json"))
+    def run(self, number: int) -> Path:
+        """Execution `number` has begun; the newest one owns the task."""
+        return self._outcome(f"run-{number:04d}")
+
+    def _outcome(self, what: str) -> Path:
+        return self.outcome.with_name(f"{self.outcome.name}.{what}.json")
 
 
 @dataclass(frozen=True)
@@ -94,6 +199,16 @@ class CampaignFolder:
     @property
     def resumes(self) -> Path:
         return self.root / "resumes"
+
+    @property
+    def controllers(self) -> Path:
+        """Controller jobs of a detached campaign."""
+        return self.root / "controllers"
+
+    @property
+    def observed(self) -> Path:
+        """What the scheduler said last, for readers while it does not answer."""
+        return self.root / "observed.json"
 
     @property
     def site(self) -> Path:
