@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,26 @@ def kill(pids: list[int]) -> None:
             continue
 
 
+def history_of(root: Path, stage: str = "round-*/*") -> dict[str, Any]:
+    """The JSON records of how stages came about, by their path in the campaign: packed ones and those still lying open."""
+    found = {}
+    for folder in root.glob(stage):
+        for path in [*folder.glob("attempts/*.json"), *folder.glob("outcomes/*.json")]:
+            found[str(path.relative_to(root))] = json.loads(path.read_text())
+        if (folder / "history.zip").exists():
+            with zipfile.ZipFile(folder / "history.zip") as archive:
+                for name in archive.namelist():
+                    if name.endswith(".json"):
+                        key = str((folder / name).relative_to(root))
+                        found.setdefault(key, json.loads(archive.read(name)))
+    return found
+
+
+def submissions_of(root: Path, stage: str = "round-*/*") -> list[str]:
+    """Paths of the intents of all attempts."""
+    return sorted(name for name in history_of(root, stage) if name.endswith("-intent.json"))
+
+
 def arrays_of(path: Path) -> dict[str, np.ndarray]:
     """Every dataset of an HDF5 file, but for those that say when and where it was written."""
     found: dict[str, np.ndarray] = {}
@@ -148,8 +170,6 @@ def assert_same_results(a: Path, b: Path) -> None:
                 f"{name}: {key} differs"
             )
     for product in sorted(a.glob("round-*/evaluate/product.json")):
-        import json
-
         left = json.loads(product.read_text())
         right = json.loads((b / product.relative_to(a)).read_text())
         left.pop("about"), right.pop("about")

@@ -29,7 +29,7 @@ from hpcft.campaign.policy import Limits
 from hpcft.campaign.records import Records, StageRecord, read_attempt, read_records
 from hpcft.campaign.scheduler import Scheduler
 from hpcft.campaign.settings import campaign_of
-from hpcft.campaign.tidy import tidy
+from hpcft.campaign.tidy import is_tidy, tidy
 from hpcft.config.site import Site
 from hpcft.errors import CampaignStopped, LeaseHeld, SchedulerUnavailable, SubmissionRefused
 from hpcft.stages.context import StageContext
@@ -130,6 +130,8 @@ class Manager:
         else:
             observation = Observation()
         actions = decide(records, observation, now, self._limits(records.current, observation))
+        if any(isinstance(action, Plan | Finish) for action in actions):
+            self._tidy_finished(records)
         unconfirmed = ""
         for action in actions:
             try:
@@ -138,6 +140,13 @@ class Manager:
                 unconfirmed = str(error)  # the next turn sees what came of it
                 break
         return Turn(records, observation, tuple(actions), unconfirmed)
+
+    def _tidy_finished(self, records: Records) -> None:
+        """Pack what a manager that was killed after a stage's product had left."""
+        for stage in records.stages:
+            where = self.folder.stage(stage.round, stage.name)
+            if stage.product is not None and not is_tidy(where):
+                tidy(where)
 
     def _note_observation(self, records: Records, observation: Observation, now: float) -> None:
         """For readers while Slurm does not answer them: what was seen last, and when."""

@@ -13,7 +13,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tiny import assert_same_results, hpcft, hpcft_to_end, kill, write_campaign
+from tiny import (
+    assert_same_results,
+    history_of,
+    hpcft,
+    hpcft_to_end,
+    kill,
+    submissions_of,
+    write_campaign,
+)
 
 pytestmark = pytest.mark.slurm
 
@@ -52,7 +60,7 @@ def wait_until_jobs_run(root: Path, manager: subprocess.Popen[str]) -> None:
 
 def attempts_at(root: Path, stage: str) -> int:
     """Recorded submissions of a stage. (A kill between intent and record leaves an intent, and no job that runs.)"""
-    return len(list(root.glob(f"{stage}/attempts/*-submitted.json")))
+    return sum(name.endswith("-submitted.json") for name in history_of(root, stage))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +79,7 @@ def test_the_same_campaign_gives_the_same_labels_and_the_same_model_bit_for_bit_
     root = tmp_path / "slurm"
     hpcft_to_end("run", campaign, "--dir", root, "--site", SITE, cwd=tmp_path)
     assert_same_results(expected, root)
-    assert len(list(root.glob("round-*/*/attempts/*-intent.json"))) == 10  # nothing was submitted twice
+    assert len(submissions_of(root)) == 10  # nothing was submitted twice
 
 
 def test_a_killed_manager_s_jobs_are_adopted_cancelled_jobs_are_submitted_again_and_the_result_is_the_same(

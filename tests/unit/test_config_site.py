@@ -1,15 +1,29 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from hpcft.config.site import Site, Slurm, StageSlurm, default_site, load_site, missing_executables
+from hpcft.config.campaign import STAGES
+from hpcft.config.site import (
+    JOBSCRIPTS,
+    Controller,
+    Site,
+    Slurm,
+    default_site,
+    filled_in,
+    load_site,
+    missing_executables,
+)
 from hpcft.config.yaml_file import dump_yaml, load_yaml
 from hpcft.errors import UserError
 
 SHIPPED = Path(__file__).parents[2] / "site-configs"
+MACHINES = sorted(
+    path.name for path in SHIPPED.glob("*.yaml") if path.stem not in ("local", "test-cluster", "generic")
+)
 
 VALID = """\
 name: machine
@@ -115,7 +129,6 @@ def test_a_stored_site_is_read_back_with_the_same_stages(file: Path) -> None:
             " module load python",
             "5: setup: must be a list, such as [a, b], but is",
         ),
-        ("  partition: cpu\n", "", "7: slurm.partition: this key is missing; add it: Partition"),
         ("partition: cpu", "partition: -w n1", "8: slurm.partition: '-w n1' is not allowed"),
         (
             "partition: cpu",
@@ -166,10 +179,14 @@ def test_a_stored_site_is_read_back_with_the_same_stages(file: Path) -> None:
             "14: stages.train.partitoin: unknown key; did you mean 'partition'?",
         ),
         (
-            "    partition: gpu",
-            "    partition:",
-            "14: stages.train.partition: must be text, but is empty (null)",
+            "    gpus_per_rank: 1",
+            "    gpus_per_rank:",
+            "15: stages.train.gpus_per_rank: must be a whole number, but is empty (null)",
         ),
+        ("OMP_NUM_THREADS:", "HF_TOKEN:", "4: environment.HF_TOKEN: looks like a secret, and others can read"),
+        ("OMP_NUM_THREADS:", "AWS_SECRET_ACCESS_KEY:", "export it in the shell that starts hpcft"),
+        ("OMP_NUM_THREADS:", "db_password:", "4: environment.db_password: looks like a secret"),
+        ("OMP_NUM_THREADS:", "WANDB_API_KEY:", "4: environment.WANDB_API_KEY: looks like a secret"),
     ],
 )
 def test_a_bad_value_is_told_with_line_key_and_remedy(file: Path, old: str, new: str, problem: str) -> None:
@@ -182,7 +199,7 @@ def test_a_bad_value_is_told_with_line_key_and_remedy(file: Path, old: str, new:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("executor: slurm\n", "2: executor: slurm needs a partition; add a section `slurm:`"),
+        ("executor: slurm\n", "2: executor: slurm needs a section `slurm:` with what jobs ask for"),
         ("executor: local\nsetup: [module load x]\n", "3: setup: runs in Slurm jobs only; delete it"),
         ("executor: local\nstages: {train: {}}\n", "3: stages: changes the slurm section, but there is none"),
     ],
@@ -229,12 +246,73 @@ def test_the_shipped_test_cluster_sends_models_to_its_gpu_partition() -> None:
     assert site.environment["OMPI_MCA_btl"] == "self,tcp"
 
 
-@pytest.mark.parametrize("name", ["local.yaml", "test-cluster.yaml"])
-def test_a_shipped_site_shows_every_key_and_those_commented_out_load_too(name: str, file: Path) -> None:
-    text = (SHIPPED / name).read_text()
+def test_a_site_may_leave_the_partition_to_slurm(file: Path) -> None:
+    change(file, "  partition: cpu\n", "")
+    site = load_site(file)
+    assert site.slurm_for("label").partition is None
+    assert site.slurm_for("train").partition == "gpu"
+
+
+def test_words_that_only_contain_the_name_of_a_secret_are_allowed(file: Path) -> None:
+    change(file, "OMP_NUM_THREADS:", "TOKENIZERS_PARALLELISM:")
+    assert load_site(file).environment == {"TOKENIZERS_PARALLELISM": "1"}
+
+
+def test_placeholders_become_the_job_scripts_and_this_python_when_the_site_is_loaded(file: Path) -> None:
+    change(file, "module load python", '". {jobscripts}/settings ${python} ${jobscripts}"')
+    change(file, "[--mpi=pmix]", '["--task-prolog={jobscripts}/prolog"]')
+    change(file, '"1"', '"{jobscripts}"')
+    file.write_text(file.read_text() + 'python: ["{jobscripts}/bind-rank", "{python}"]\n')
+    site = load_site(file)
+    assert site.python == (f"{JOBSCRIPTS}/bind-rank", sys.executable)
+    assert Path(site.python[0]).is_file()
+    assert site.setup == (f". {JOBSCRIPTS}/settings ${{python}} ${{jobscripts}}",)
+    assert site.slurm_for("label").srun_arguments == (f"--task-prolog={JOBSCRIPTS}/prolog",)
+    assert site.environment == {"OMP_NUM_THREADS": str(JOBSCRIPTS)}
+    assert Site.model_validate_json(site.model_dump_json()) == site
+
+
+def test_the_folder_of_the_job_scripts_is_quoted_for_the_shell_only(tmp_path: Path) -> None:
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    assert filled_in("{jobscripts}/x", folder) == f"{folder}/x"
+    assert filled_in("{jobscripts}/x", folder, lambda text: f"<{text}>") == f"<{folder}>/x"
+
+
+def test_an_installation_without_job_scripts_says_so_where_they_are_wanted(tmp_path: Path) -> None:
+    assert filled_in("module load x", tmp_path / "none") == "module load x"
+    with pytest.raises(ValueError, match=r"none, which is not there; install hpcft from a clone"):
+        filled_in("{jobscripts}/bind-rank", tmp_path / "none")
+
+
+def test_the_generic_site_shows_every_key_and_those_commented_out_load_too(file: Path) -> None:
+    text = (SHIPPED / "generic.yaml").read_text()
+    load_site(SHIPPED / "generic.yaml")
     file.write_text(re.sub(r"^( *)# (?= *([A-Za-z_]+:|- ))", r"\1", text, flags=re.MULTILINE))
     load_site(file)
     shown = load_yaml(file).data
-    slurm_only = {"setup", "slurm", "stages"}
-    assert set(Site.model_fields) - set(shown) == (slurm_only if name == "local.yaml" else set())
-    assert "slurm" not in shown or set(shown["slurm"]) == set(StageSlurm.model_fields)
+    assert set(shown) == set(Site.model_fields)
+    assert set(shown["slurm"]) == set(Slurm.model_fields)
+    assert set(shown["controller"]) == set(Controller.model_fields) - set(Slurm.model_fields)
+    for key in set(Site.model_fields) | set(Slurm.model_fields) | set(shown["controller"]):
+        assert re.search(rf"^[ #]*{key}: ?.* # .*[a-z]", text, re.MULTILINE), f"{key} is not explained"
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_the_file_of_a_real_machine_loads_and_names_its_sources_and_when_they_were_read(name: str) -> None:
+    text = (SHIPPED / name).read_text()
+    site = load_site(SHIPPED / name)
+    assert site.name == Path(name).stem
+    head = text[: text.index("\nname:")]
+    assert re.search(r"# Looked up \d{4}-\d{2}-\d{2}", head)
+    assert re.search(r"https://\S+", head)
+    assert "# Not found:" in head
+    assert "SBATCH_ACCOUNT" in head
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_the_file_of_a_real_machine_sends_models_to_gpus_unless_it_says_cpu(name: str) -> None:
+    site = load_site(SHIPPED / name)
+    gpus = {stage for stage in (*STAGES, "controller") if site.slurm_for(stage).gpus_per_rank}
+    assert gpus == (set() if site.device == "cpu" else {"explore", "probe", "train"})
+    assert all(site.slurm_for(stage).account is None for stage in STAGES)
