@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +60,29 @@ def _boot_id() -> str:
 
 
 @contextlib.contextmanager
-def lease(folder: Path, *, take_over: bool = False) -> Iterator[None]:
+def lease(
+    folder: Path, *, take_over: bool = False, job_is_over: Callable[[str], bool] = lambda job_id: False
+) -> Iterator[None]:
     """Hold the campaign's lease; raises LeaseHeld, naming host and process, while another manager does.
 
-    `take_over` takes it from a process on another host that the user knows to be dead.
+    `take_over` takes it from a process on another host that the user knows to be dead. A holder that was a job, such as
+    the controller of a detached campaign, is dead when `job_is_over` says so of its job.
     """
     folder.mkdir(parents=True, exist_ok=True)
     number, current = _newest(folder)
-    if current is not None and not take_over and not _is_over(folder, number, current):
+    if (
+        current is not None
+        and not take_over
+        and not _is_over(folder, number, current)
+        and not _was_a_job_that_is_over(current, job_is_over)
+    ):
         raise LeaseHeld(_message(current))
     mine = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "boot": _boot_id(),
         "process_started": _process_started(os.getpid()),
+        "job": os.environ.get("SLURM_JOB_ID"),
         "at": time.time(),
     }
     taken = create_json_once(folder / f"{number + 1:06d}.json", mine)
@@ -92,6 +101,14 @@ def lease(folder: Path, *, take_over: bool = False) -> Iterator[None]:
         write_json(folder / f"{number + 1:06d}.released", {"at": time.time()})
 
 
+def _was_a_job_that_is_over(lease: dict[str, Any], job_is_over: Callable[[str], bool]) -> bool:
+    job = lease.get("job")
+    if job is None:
+        return False
+    # Slurm runs a requeued job again under its number, elsewhere, once the first execution is lost.
+    return job == os.environ.get("SLURM_JOB_ID") or job_is_over(job)
+
+
 def is_mine(folder: Path) -> bool:
     """Whether this process still holds the lease: asked before every submission."""
     _, current = _newest(folder)
@@ -99,7 +116,8 @@ def is_mine(folder: Path) -> bool:
 
 
 def _message(lease: dict[str, Any]) -> str:
+    job = f" (job {lease['job']})" if lease.get("job") else ""
     return (
-        f"process {lease['pid']} on {lease['host']} drives this campaign already. Let it, or stop it first; if that host is "
+        f"process {lease['pid']} on {lease['host']}{job} drives this campaign already. Let it, or stop it first; if that host is "
         "gone for good, say `hpcft resume --take-over`."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -183,7 +183,8 @@ class Manager:
                 common,
                 max_running=self.site.task_limit(),
                 max_array=asked.max_array_size,
-                room=None if asked.max_submitted is None else max(0, asked.max_submitted - len(jobs)),
+                # One place is the controller's, should the campaign be detached.
+                room=None if asked.max_submitted is None else max(0, asked.max_submitted - len(jobs) - 1),
                 tasks_per_job=self.scheduler.tasks_per_job(name, ranks),
                 max_time_min=asked.max_time_min,
                 max_memory_GB=asked.max_memory_GB,
@@ -287,21 +288,36 @@ def record_resume(folder: CampaignFolder, now: float) -> None:
     if stage is None:
         return
     if stage.num_tasks and not stage.missing:
-        _reopen_tasks_with_failures(folder.stage(stage.round, stage.name), stage.num_tasks)
+        reopen_failures(folder.stage(stage.round, stage.name), range(stage.num_tasks))
+    write_marker(folder, stage, now)
+
+
+def write_marker(
+    folder: CampaignFolder, stage: StageRecord, now: float, tasks: Sequence[int] | None = None
+) -> None:
+    """Attempts so far do not count any more: those at the whole stage, or at `tasks` only."""
     newest = max((attempt.number for attempt in stage.attempts), default=0)
-    marker = {"at": now, "round": stage.round, "stage": stage.name, "attempt": newest}
+    marker: dict[str, Any] = {"at": now, "round": stage.round, "stage": stage.name, "attempt": newest}
+    if tasks is not None:
+        marker["tasks"] = list(tasks)
     folder.resumes.mkdir(exist_ok=True)
     number = len(list(folder.resumes.glob("*.json")))
     while not create_json_once(folder.resumes / f"{number:04d}.json", marker):
         number += 1
 
 
-def _reopen_tasks_with_failures(where: StageFolder, num_tasks: int) -> None:
-    """All tasks are done, yet the stage could not be collected: those that report failures are run again."""
-    for task in map(where.task, range(num_tasks)):
-        if task.result.exists() and read_json(task.result).get("failed"):
-            write_json(task.path / RETRY_FAILURES, {})
+def reopen_failures(where: StageFolder, tasks: Iterable[int], cause: str | None = None) -> list[int]:
+    """Run tasks that are done again for their failed items, of one cause or of any; returns which tasks."""
+    reopened = []
+    for task in map(where.task, tasks):
+        if not task.result.exists():
+            continue
+        causes = [c for c in read_json(task.result).get("causes", ()) if cause in (None, c)]
+        if causes:
+            write_json(task.path / RETRY_FAILURES, {"causes": causes})
             task.result.rename(task.path / f"result-before-{time.time_ns()}.json")
+            reopened.append(task.index)
+    return reopened
 
 
 def stage_line(turn: Turn) -> str:

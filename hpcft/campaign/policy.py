@@ -55,7 +55,7 @@ def next_attempt(stage: StageRecord, task: int, limits: Limits, now: float) -> N
     Time-outs and out-of-memory double what was asked for, up to the site's bound; a lost node is avoided for a
     while. Only attempts since the user last said to go on count.
     """
-    endings = [e for e in stage.endings.get(task, ()) if e.attempt > stage.resumed_after]
+    endings = [e for e in stage.endings.get(task, ()) if e.attempt > stage.counted_after(task)]
     if not endings:
         return Needs()
     latest = endings[-1]

@@ -88,6 +88,12 @@ class StageRecord:
     endings: Mapping[int, tuple[Ending, ...]] = field(default_factory=dict)
     set_aside: frozenset[int] = frozenset()
     runs: Mapping[int, int] = field(default_factory=dict)
+    retried_after: Mapping[int, int] = field(default_factory=dict)
+    """As `resumed_after`, of single tasks."""
+
+    def counted_after(self, task: int) -> int:
+        """Only attempts beyond this one count against the task."""
+        return max(self.resumed_after, self.retried_after.get(task, 0))
 
     @cached_property
     def missing(self) -> tuple[int, ...]:
@@ -165,6 +171,7 @@ def _read_stage(folder: CampaignFolder, round_: int, name: str) -> StageRecord:
     with _naming(stage.plan):
         count = len(read_json(stage.plan)["tasks"])
     outcomes = stage.list_outcomes()
+    resumed_after, retried_after = _markers(folder, round_, name)
     return StageRecord(
         round_,
         name,
@@ -172,7 +179,8 @@ def _read_stage(folder: CampaignFolder, round_: int, name: str) -> StageRecord:
         attempts=tuple(read_attempt(stage, _number(path)) for path in intents_of(stage)),
         done=frozenset(task for task in outcomes.done if task < count),
         errors=_read_errors(stage, outcomes),
-        resumed_after=_resumed_after(folder, round_, name),
+        resumed_after=resumed_after,
+        retried_after=retried_after,
         endings=_read_endings(stage),
         set_aside=frozenset(task for task in outcomes.set_aside if task < count),
         runs=outcomes.runs,
@@ -238,14 +246,20 @@ def _read_endings(stage: StageFolder) -> dict[int, tuple[Ending, ...]]:
     return {task: tuple(endings) for task, endings in found.items()}
 
 
-def _resumed_after(folder: CampaignFolder, round_: int, stage: str) -> int:
-    newest = 0
+def _markers(folder: CampaignFolder, round_: int, stage: str) -> tuple[int, dict[int, int]]:
+    """The newest attempt when a user last said to go on: with the whole stage, and with single tasks."""
+    newest, by_task = 0, dict[int, int]()
     for path in folder.resumes.glob("[0-9]*.json"):
         with _naming(path):
             marker = read_json(path)
-            if (marker["round"], marker["stage"]) == (round_, stage):
-                newest = max(newest, int(marker["attempt"]))
-    return newest
+            if (marker["round"], marker["stage"]) != (round_, stage):
+                continue
+            attempt = int(marker["attempt"])
+            for task in marker.get("tasks") or ():
+                by_task[task] = max(attempt, by_task.get(task, 0))
+            if marker.get("tasks") is None:
+                newest = max(newest, attempt)
+    return newest, by_task
 
 
 @contextlib.contextmanager

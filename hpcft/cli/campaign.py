@@ -1,4 +1,4 @@
-"""hpcft run, resume, status, cancel, report. Heavy imports wait until a command needs them: status loads no torch."""
+"""hpcft run, submit, resume, status, cancel, report. Heavy imports wait until a command needs them: status loads no torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpcft.errors import LeaseHeld, UserError
+from hpcft.cli.drive import chosen_site, drive, drive_and_leave, opened, short, take_steps
+from hpcft.errors import LeaseHeld
 from hpcft.storage.campaign_folder import CampaignFolder
 
 if TYPE_CHECKING:
-    from hpcft.campaign.manager import Manager
     from hpcft.config.site import Site
 
 CampaignFile = Annotated[Path, typer.Argument(help="The campaign's YAML file.", show_default=False)]
@@ -21,6 +21,10 @@ CampaignDir = Annotated[Path, typer.Argument(help="The campaign's folder, as `hp
 SiteFile = Annotated[
     Path | None,
     typer.Option("--site", help="Site config; default: this machine (or, to resume, the last one)."),
+]
+CampaignFolderOption = Annotated[
+    Path | None,
+    typer.Option("--dir", help="Campaign folder; default: runs/NAME below the current folder."),
 ]
 TakeOver = Annotated[
     bool, typer.Option("--take-over", help="Take the lease from a manager on a host that is gone for good.")
@@ -30,92 +34,83 @@ TakeOver = Annotated[
 def run(
     campaign_file: CampaignFile,
     site: SiteFile = None,
-    directory: Annotated[
-        Path | None,
-        typer.Option("--dir", help="Campaign folder; default: runs/NAME below the current folder."),
-    ] = None,
+    directory: CampaignFolderOption = None,
     take_over: TakeOver = False,
 ) -> None:
-    """Run a campaign to its end, or go on with it where it stands."""
+    """Run a campaign to its end, or go on with it where it stands; this command stays until then."""
+    folder, chosen = _made(campaign_file, site, directory, take_over)
+    if drive(folder, chosen, take_over):
+        _finish(folder)
+
+
+def submit(
+    campaign: Annotated[
+        Path, typer.Argument(help="A campaign's YAML file, or the folder of one.", show_default=False)
+    ],
+    site: SiteFile = None,
+    directory: CampaignFolderOption = None,
+    take_over: TakeOver = False,
+) -> None:
+    """Leave a campaign to Slurm: a small controller job follows each stage, and no process stays here."""
+    resumed = campaign.is_dir()
+    if resumed:
+        folder = opened(campaign)
+        chosen = chosen_site(folder, site)
+    else:
+        folder, chosen = _made(campaign, site, directory, take_over, detached=True)
+    job = drive_and_leave(folder, chosen, take_over, resumed=resumed)
+    if job is None:
+        _finish(folder)
+        return
+    typer.echo(
+        f"controller job {job} goes on when the jobs before it are over. Look with: hpcft status {short(folder.root)}"
+    )
+
+
+def resume(
+    directory: CampaignDir,
+    site: SiteFile = None,
+    take_over: TakeOver = False,
+    once: Annotated[
+        bool,
+        typer.Option("--once", help="Do what can be done now, then return; submit nothing to wait for it."),
+    ] = False,
+) -> None:
+    """Go on with a campaign where it stands; tasks that had been given up get new attempts."""
+    folder = opened(directory)
+    chosen = chosen_site(folder, site)
+    if once:
+        typer.echo(take_steps(folder, chosen, take_over, resumed=True))
+    elif drive(folder, chosen, take_over, resumed=True):
+        _finish(folder)
+
+
+def _made(
+    campaign_file: Path, site: Path | None, directory: Path | None, take_over: bool, *, detached: bool = False
+) -> tuple[CampaignFolder, Site]:
+    """The folder of the campaign that a file describes, made now or found, and the site to run it on."""
     from hpcft.config.campaign import load_campaign
 
     campaign = load_campaign(campaign_file)
     root = directory or Path("runs") / campaign.name
     known = CampaignFolder(root.absolute())
     # Without --site a campaign goes on where it ran: its Slurm jobs must not be run again on the login node.
-    chosen = _chosen_site(known, site)
+    chosen = chosen_site(known, site)
     from hpcft.campaign.create import open_or_create
 
-    folder = open_or_create(campaign, campaign_file, root, take_over=take_over)
-    _drive(folder, chosen, take_over)
+    if detached:
+        from hpcft.campaign.detached import require_slurm
 
-
-def resume(directory: CampaignDir, site: SiteFile = None, take_over: TakeOver = False) -> None:
-    """Go on with a campaign where it stands; tasks that had been given up get new attempts."""
-    folder = CampaignFolder(directory.absolute())
-    folder.read_identity()
-    chosen = _chosen_site(folder, site)
-    from hpcft.campaign.create import refuse_hostile_name, refuse_shared
-
-    refuse_hostile_name(folder.root)
-    refuse_shared(folder.root)
-    _drive(folder, chosen, take_over, resumed=True)
-
-
-def _chosen_site(folder: CampaignFolder, path: Path | None) -> Site:
-    from hpcft.campaign.settings import site_of
-    from hpcft.config.site import load_site, missing_executables
-
-    site = site_of(folder) if path is None else load_site(path)
-    missing = missing_executables(site)
-    if missing:
-        raise UserError(
-            f"site '{site.name}' runs on Slurm, but {', '.join(missing)} cannot be found on this machine. Log in to the "
-            "cluster, or run here with a site whose executor is local: --site FILE."
-        )
-    return site
-
-
-def _drive(folder: CampaignFolder, site: Site, take_over: bool, *, resumed: bool = False) -> None:
-    from hpcft.campaign.lease import lease
-    from hpcft.campaign.manager import Manager, record_resume
-    from hpcft.cli.progress import Progress
-
-    with lease(folder.leases, take_over=take_over):
-        manager = Manager(folder, site)
-        if resumed:
-            record_resume(folder, time.time())
-        with Progress(folder) as progress:
-            try:
-                manager.run(progress.show)
-            except KeyboardInterrupt:
-                _stop_local_tasks(manager, site)
-                raise typer.Exit(130) from None
-    _finish(folder)
-
-
-def _stop_local_tasks(manager: Manager, site: Site) -> None:
-    from hpcft.campaign.manager import record_resume
-
-    if site.executor == "local":
-        manager.scheduler.cancel_all()
-        record_resume(manager.folder, time.time())  # what was interrupted has not failed
-        typer.echo("\nInterrupted; everything finished is kept. ", nl=False, err=True)
-    else:
-        typer.echo("\nInterrupted; the jobs on Slurm go on. ", nl=False, err=True)
-    typer.echo(f"Go on with: hpcft resume {_short(manager.folder.root)}", err=True)
-
-
-def _short(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        require_slurm(chosen)
+    return open_or_create(campaign, campaign_file, root, take_over=take_over), chosen
 
 
 def _finish(folder: CampaignFolder) -> None:
     figure = _write_report(folder)
     _print_table(folder)
     last = int(folder.read_identity()["rounds"])
-    typer.echo(f"figure: {_short(figure)}")
-    typer.echo(f"model:  {_short(folder.stage(last, 'train').task(0).path / 'model.pt')}")
+    typer.echo(f"figure: {short(figure)}")
+    typer.echo(f"model:  {short(folder.stage(last, 'train').task(0).path / 'model.pt')}")
 
 
 def _confidence(folder: CampaignFolder) -> float:
@@ -151,7 +146,7 @@ def report(directory: CampaignDir) -> None:
     folder = CampaignFolder(directory.absolute())
     folder.read_identity()
     _print_table(folder)
-    typer.echo(f"figure: {_short(_write_report(folder))}")
+    typer.echo(f"figure: {short(_write_report(folder))}")
 
 
 def status(
@@ -174,19 +169,23 @@ def status(
 
 def cancel(directory: CampaignDir) -> None:
     """End all running and waiting tasks of a campaign; what is finished stays, and resume goes on."""
+    from hpcft.campaign.controllers import dismiss_controller
     from hpcft.campaign.lease import holder
     from hpcft.campaign.manager import record_resume
     from hpcft.campaign.scheduler import Scheduler
     from hpcft.campaign.settings import campaign_of, site_of
 
     folder = CampaignFolder(directory.absolute())
-    scheduler = Scheduler(folder, campaign_of(folder), site_of(folder))
+    site = site_of(folder)
+    scheduler = Scheduler(folder, campaign_of(folder), site)
     manager = holder(folder.leases)
-    if manager is not None:
+    if manager is not None and not (manager.get("job") and site.executor == "slurm"):
         raise LeaseHeld(
             f"process {manager['pid']} on {manager['host']} drives this campaign and would submit its tasks again; end that "
             "process first, then cancel"
         )
+    if site.executor == "slurm":
+        dismiss_controller(folder)
     count = scheduler.cancel_all()
     record_resume(folder, time.time())  # what was cancelled has not failed
-    typer.echo(f"{count} job{'s' * (count != 1)} cancelled. Go on with: hpcft resume {_short(folder.root)}")
+    typer.echo(f"{count} job{'s' * (count != 1)} cancelled. Go on with: hpcft resume {short(folder.root)}")

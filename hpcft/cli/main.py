@@ -8,7 +8,7 @@ import sys
 import typer
 
 from hpcft import __version__
-from hpcft.cli import campaign, inspect, model
+from hpcft.cli import campaign, inspect, mend, model, site
 from hpcft.errors import CampaignStopped, LabelError, LeaseHeld, SchedulerUnavailable, UserError
 
 app = typer.Typer(
@@ -21,12 +21,17 @@ app = typer.Typer(
     "4 Slurm does not answer · 130 interrupted",
 )
 app.command("run")(campaign.run)
+app.command("submit")(campaign.submit)
 app.command("resume")(campaign.resume)
+app.command("retry")(mend.retry)
+app.command("rewind")(mend.rewind)
 app.command("status")(campaign.status)
 app.command("cancel")(campaign.cancel)
 app.command("report")(campaign.report)
 app.command("inspect")(inspect.inspect)
+app.command("check")(site.check)
 app.add_typer(model.app, name="model")
+app.add_typer(site.app, name="site")
 
 
 def _show_version(wanted: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from types import TracebackType
@@ -40,8 +41,14 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._status is not None:
-            self._status.stop()
+        self.close()
+
+    def close(self) -> None:
+        """Stop the live line; what follows is plain."""
+        status, self._status = self._status, None
+        if status is not None:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                status.stop()
 
     def show(self, turn: Turn) -> None:
         for action in turn.actions:

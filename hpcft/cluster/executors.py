@@ -53,6 +53,8 @@ class JobSpec:
     """Nodes not to run on."""
     after: tuple[str, ...] = ()
     """Jobs that must be over before this one starts."""
+    begin_in_s: int = 0
+    """Not to start before this much time has passed."""
 
     @property
     def is_held(self) -> bool:
@@ -71,7 +73,7 @@ def submit(
     spec.folder.mkdir(parents=True, exist_ok=True)
     executor = _executor(site, spec)
     complaint = io.StringIO()  # submitit prints it as well as raising it
-    with _clean_environment(_variables(site, spec)), _children_ignore_ctrl_c():
+    with _clean_environment(_variables(site, spec)), _children_ignore_the_terminal():
         try:
             with contextlib.redirect_stderr(complaint):
                 jobs = executor.map_array(function, *zip(*arguments, strict=True))
@@ -115,7 +117,10 @@ def _executor(site: Site, spec: JobSpec) -> Any:
         )
         return local
     slurm = submitit.SlurmExecutor(
-        spec.folder, max_num_timeout=0, python=shlex.join(site.python) if site.python else None
+        spec.folder,
+        max_num_timeout=0,
+        # A controller submits jobs, and a container rarely has Slurm's commands.
+        python=shlex.join(site.python) if site.python and spec.stage != "controller" else None,
     )
     slurm.update_parameters(**slurm_parameters(site, spec))
     return slurm
@@ -139,8 +144,11 @@ def slurm_parameters(site: Site, spec: JobSpec) -> dict[str, Any]:
     additional |= {"hold": True, "requeue": True} if spec.is_held else {"requeue": True}
     if spec.after:
         additional["dependency"] = "afterany:" + ":".join(spec.after)
+    if spec.begin_in_s:
+        additional["begin"] = f"now+{spec.begin_in_s}"
     if spec.resources.memory_GB is not None:
-        additional["mem"] = f"{math.ceil(spec.resources.memory_GB * 1024)}M"  # 0 would be the whole node
+        num_tasks = spec.ranks if spec.are_packed else 1
+        additional["mem"] = f"{math.ceil(spec.resources.memory_GB * num_tasks * 1024)}M"  # 0: the whole node
     parameters: dict[str, Any] = {
         "job_name": spec.name,
         "partition": asked.partition,
@@ -189,16 +197,17 @@ def _exports(variables: dict[str, str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _children_ignore_ctrl_c() -> Iterator[None]:
-    """Ctrl-C reaches a terminal's whole foreground group: the manager alone decides what becomes of local tasks."""
+def _children_ignore_the_terminal() -> Iterator[None]:
+    """Ctrl-C and a hang-up reach a terminal's whole foreground group: the manager alone decides what becomes of tasks."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

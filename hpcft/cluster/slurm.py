@@ -149,6 +149,15 @@ def _gigabytes(text: str) -> float | None:
         return None
 
 
+def job_is_over(job_id: str, run: Run = run_command) -> bool:
+    """Whether Slurm says that a job has ended, or knows it no more; False while it does not answer."""
+    try:
+        states = run(["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job_id}"]).split()
+    except SchedulerUnavailable as error:
+        return "Invalid job id" in str(error)
+    return all(state in FINAL_STATES for state in states)
+
+
 def release(job_ids: Sequence[str], run: Run = run_command) -> None:
     """Let held jobs start; an array by its base id."""
     run(["scontrol", "release", *sorted({job_id.split("_")[0] for job_id in job_ids})])

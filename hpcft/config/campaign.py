@@ -81,7 +81,7 @@ class Resources(Section):
     cpus_per_rank: Count = 1
     """CPU cores for each rank."""
     memory_GB: Annotated[Positive, Unit("GB")] | None = None
-    """Memory for each node in GB; left out: what the site gives by default."""
+    """Memory of the task on each node in GB; left out: what the site gives by default."""
 
 
 class Reference(Section):

@@ -19,6 +19,7 @@ from hpcft.labelling.store import LabelStore
 from hpcft.labelling.worker import label_items
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.sharing import every, numbers_of
+from hpcft.storage.atomic import read_json
 from hpcft.storage.campaign_folder import RETRY_FAILURES
 from hpcft.storage.structures import count_structures, read_structures
 
@@ -65,8 +66,7 @@ def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str
     known = store.find([item_key(item, reference) for item in items])
     start = time.monotonic()
     retry = task.path / RETRY_FAILURES
-    failed = [r.result for r in read_journals(task.path).values() if isinstance(r.result, Failure)]
-    causes = {failure.cause for failure in failed} if retry.exists() else {"interrupted"}
+    causes = {*(read_json(retry)["causes"] if retry.exists() else ()), "interrupted"}
     summary = label_items(items, reference, task.path, known=known, attempt=task.attempt, retry_causes=causes)
     finish_shard(task.path, {"campaign": context.campaign.name, "reference": reference.calculator})
     store.register(task.path)

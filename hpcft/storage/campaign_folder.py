@@ -17,7 +17,7 @@ STAGES = ("explore", "select", "label", "train", "probe", "reference", "evaluate
 # Round 0 has no training: it measures the bias of the foundation model itself.
 STAGES_OF_ROUND_0 = ("probe", "reference", "evaluate")
 
-# A file in a task's folder: the user wants what has failed there to be tried again.
+# A file in a task's folder: the user wants what has failed there, of some causes, to be tried again.
 RETRY_FAILURES = "retry-failures.json"
 
 
@@ -209,6 +209,11 @@ class CampaignFolder:
     def observed(self) -> Path:
         """What the scheduler said last, for readers while it does not answer."""
         return self.root / "observed.json"
+
+    @property
+    def aside(self) -> Path:
+        """Stages that a user has rewound: kept, never read by a campaign."""
+        return self.root / "aside"
 
     @property
     def site(self) -> Path:

@@ -183,7 +183,11 @@ def test_a_stored_site_is_read_back_with_the_same_stages(file: Path) -> None:
             "    gpus_per_rank:",
             "15: stages.train.gpus_per_rank: must be a whole number, but is empty (null)",
         ),
-        ("OMP_NUM_THREADS:", "HF_TOKEN:", "4: environment.HF_TOKEN: looks like a secret, and others can read"),
+        (
+            "OMP_NUM_THREADS:",
+            "HF_TOKEN:",
+            "4: environment.HF_TOKEN: looks like a secret, and others can read",
+        ),
         ("OMP_NUM_THREADS:", "AWS_SECRET_ACCESS_KEY:", "export it in the shell that starts hpcft"),
         ("OMP_NUM_THREADS:", "db_password:", "4: environment.db_password: looks like a secret"),
         ("OMP_NUM_THREADS:", "WANDB_API_KEY:", "4: environment.WANDB_API_KEY: looks like a secret"),

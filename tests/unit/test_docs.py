@@ -25,11 +25,14 @@ def test_the_table_of_keys_is_what_the_configuration_s_docstrings_say() -> None:
     assert (ROOT / "docs" / "keys.md").read_text() == made, "run: python docs/make_keys.py"
 
 
-def test_the_example_of_a_site_is_a_valid_site() -> None:
-    (example,) = yaml_examples("sites.md")
-    site = Site.model_validate(example)
-    assert site.slurm_for("train").gpus_per_rank == 1
-    assert site.slurm_for("label").partition == "cpu"
+def test_the_examples_of_sites_are_valid_sites() -> None:
+    first, whole_nodes, in_a_container = [
+        Site.model_validate(example) for example in yaml_examples("sites.md")
+    ]
+    assert first.slurm_for("train").gpus_per_rank == 1
+    assert first.slurm_for("label").partition == "cpu"
+    assert whole_nodes.slurm_for("explore").tasks_per_job == 4
+    assert Path(in_a_container.python[2]).name == "in-container"
 
 
 def test_the_example_of_a_reference_is_a_valid_reference() -> None:

@@ -1,0 +1,211 @@
+"""What a run needs of this machine, and an estimate of what it will take: read and measured, nothing is changed."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcft.cluster.jobs import max_tasks, ranks_of
+from hpcft.cluster.problems import Problem
+from hpcft.config.campaign import STAGES, Campaign, StageName
+from hpcft.config.site import Site, missing_executables
+from hpcft.errors import UserError
+from hpcft.storage.campaign_folder import CampaignFolder, stages_of
+
+# Seen in finished campaigns: a stage keeps a plan, a product, its tasks' results and its history; a task its folder and
+# at most five files; while a stage runs, each task has a lock, logs and submitit's files as well.
+_FILES_PER_STAGE, _FILES_PER_TASK, _FILES_PER_RUNNING_TASK, _FILES_PER_CAMPAIGN = 7, 6, 10, 20
+_BYTES_PER_TASK = 50_000
+_ARRAYS = 3  # positions, velocities or displacements, forces
+_BYTES_PER_ATOM_OF_A_TRAJECTORY = _ARRAYS * 3 * 4
+_BYTES_PER_ATOM_OF_A_LABEL = _ARRAYS * 3 * 8
+_MODELS_PER_ROUND = 5  # the model, and a checkpoint with averages and the optimiser's two moments
+_IMAGES = (".sif", ".sqsh", ".sqfs", ".img")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the estimate must know of the campaign's input files."""
+
+    num_replicas: int
+    num_atoms: int
+    """Atoms of all replicas."""
+    num_bytes: int
+    """Size of all input files."""
+    model_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a campaign takes at most or about: orders of magnitude, not promises."""
+
+    num_files: int
+    num_bytes: int
+    core_hours: float
+    gpu_hours: float
+
+
+def read_inputs(campaign: Campaign) -> Inputs:
+    """UserError for a file that cannot be read."""
+    from hpcft.storage.structures import read_any  # ASE, which takes its time
+
+    structures = read_any(campaign.structures)
+    sizes = {path: path.stat().st_size for path in set(campaign.files().values())}
+    return Inputs(
+        num_replicas=len(structures),
+        num_atoms=sum(len(atoms) for atoms in structures),
+        num_bytes=sum(sizes.values()),
+        model_bytes=sizes[campaign.foundation],
+    )
+
+
+def num_tasks(campaign: Campaign, stage: StageName, inputs: Inputs | None) -> int:
+    """Tasks of the stage in one round; no more than there are replicas to share out."""
+    tasks = max_tasks(campaign, stage) or 1
+    return min(tasks, inputs.num_replicas) if inputs and stage in ("explore", "probe") else tasks
+
+
+def estimate(campaign: Campaign, site: Site, inputs: Inputs) -> Estimate:
+    """Files and bytes of a whole campaign, and the hours of its tasks if each takes all of its time limit, once."""
+    tasks = {stage: num_tasks(campaign, stage, inputs) for stage in STAGES}
+    rounds = range(campaign.rounds + 1)
+    times = {stage: sum(stage in stages_of(round_) for round_ in rounds) for stage in STAGES}
+    total = sum(tasks[stage] * times[stage] for stage in STAGES)
+    files = _FILES_PER_CAMPAIGN + _FILES_PER_STAGE * sum(times.values()) + _FILES_PER_TASK * total
+    files += _FILES_PER_RUNNING_TASK * max(tasks.values())
+    core_min = gpu_min = 0
+    for stage in STAGES:
+        wish, ranks = campaign.resources_for(stage), ranks_of(campaign, stage)
+        rank_min = wish.time_min * tasks[stage] * times[stage] * ranks
+        core_min += rank_min * wish.cpus_per_rank
+        gpu_min += rank_min * (site.slurm_for(stage).gpus_per_rank if site.executor == "slurm" else 0)
+    return Estimate(
+        num_files=files,
+        num_bytes=_bytes(campaign, inputs) + _BYTES_PER_TASK * total,
+        core_hours=core_min / 60,
+        gpu_hours=gpu_min / 60,
+    )
+
+
+def _bytes(campaign: Campaign, inputs: Inputs) -> int:
+    rounds, atoms_of_a_frame = campaign.rounds, inputs.num_atoms / max(1, inputs.num_replicas)
+    explored = inputs.num_atoms * campaign.explore.num_frames * rounds * _BYTES_PER_ATOM_OF_A_TRAJECTORY
+    probed = inputs.num_atoms * campaign.probe.frames * (rounds + 1) * _BYTES_PER_ATOM_OF_A_TRAJECTORY
+    # A frame stands in the selection or beside the probe, and with its label.
+    labelled = campaign.select.frames * rounds + campaign.probe.frames * inputs.num_replicas * (rounds + 1)
+    labels = 2 * labelled * atoms_of_a_frame * _BYTES_PER_ATOM_OF_A_LABEL
+    models = _MODELS_PER_ROUND * inputs.model_bytes * rounds
+    return int(explored + probed + labels + models + inputs.num_bytes)
+
+
+def machine_problems(
+    site: Site, campaign: Campaign | None, which: Callable[[str], str | None] = shutil.which
+) -> list[Problem]:
+    """What this machine lacks for the site, and time limits that contradict each other."""
+    return [*_programs(site, which), *_cpu_limit(site), *(_time_limits(campaign) if campaign else ())]
+
+
+def _programs(site: Site, which: Callable[[str], str | None]) -> Iterator[Problem]:
+    if missing := missing_executables(site, which):
+        what = f"is slurm, but {', '.join(missing)} cannot be found on this machine"
+        yield Problem("site", "executor", what, "a machine of the cluster; or local, for tasks on this one")
+    if not site.python:
+        return
+    program = site.python[0]
+    if which(program) is None:
+        # A module that setup loads may bring it; a path is there or not.
+        is_path = "/" in program
+        what = f"there is no program {program} on this machine" + ("" if is_path else "'s PATH")
+        accepted = "the path of a program" if is_path else "a program that the lines of setup bring"
+        yield Problem("site", "python", what, accepted, "error" if is_path else "warning")
+    for word in site.python[1:]:
+        if word.startswith("/") and word.endswith(_IMAGES) and not Path(word).exists():
+            yield Problem(
+                "site", "python", f"there is no image {word} on this machine", "the path of an image"
+            )
+
+
+def _cpu_limit(site: Site) -> Iterator[Problem]:
+    limit_s, _ = resource.getrlimit(resource.RLIMIT_CPU)
+    if limit_s != resource.RLIM_INFINITY:
+        whose = "tasks among them" if site.executor == "local" else "`hpcft run` among them"
+        what = f"each process here is ended after {limit_s / 60:g} min of CPU time (ulimit -t), {whose}"
+        yield Problem("machine", "ulimit", what, "a machine without that limit", "warning")
+
+
+def _time_limits(campaign: Campaign) -> Iterator[Problem]:
+    calculation_s, task_min = campaign.reference.time_limit_s, campaign.label.resources.time_min
+    if calculation_s > 60 * task_min:
+        what = f"lets one calculation take {calculation_s:g} s, but its task ends after {task_min} min"
+        accepted = f"at most {60 * task_min}, or more label.resources.time_min"
+        yield Problem("campaign", "reference.time_limit_s", what, accepted, "warning")
+
+
+def folder_problems(root: Path, needed: Estimate | None) -> list[Problem]:
+    """Why a campaign folder cannot be made at `root`, or not be filled."""
+    from hpcft.campaign.create import refuse_hostile_name, refuse_shared
+
+    there = nearest_folder(root)
+    found: list[Problem] = []
+    for refuse, path in ((refuse_hostile_name, root), (refuse_shared, root if root.exists() else None)):
+        try:
+            if path is not None:
+                refuse(path)
+        except UserError as refusal:
+            found.append(Problem("machine", "--dir", str(refusal)))
+    if root.exists() and not root.is_dir():
+        return [*found, Problem("machine", "--dir", f"{root} is a file", "a folder, or a name that is free")]
+    if _is_somebodys(root):
+        what = f"{root} has files in it and is no campaign folder"
+        found.append(Problem("machine", "--dir", what, "an empty folder, or a name that is free"))
+    if not os.access(there, os.W_OK | os.X_OK):
+        what = f"you may not write to {there}, so the campaign folder {root} cannot be made or filled"
+        found.append(
+            Problem("machine", "--dir", what, "a folder of your own on a file system that all nodes see")
+        )
+    return [*found, *(_space(there, needed) if needed else ())]
+
+
+def _is_somebodys(root: Path) -> bool:
+    """A campaign has an identity, or a lease where its creation was interrupted."""
+    own = CampaignFolder(root)
+    try:
+        return any(root.iterdir()) and not (own.identity.exists() or own.leases.exists())
+    except OSError:  # none yet, or one that we may not read, which is said elsewhere
+        return False
+
+
+def nearest_folder(root: Path) -> Path:
+    """The folder, or that above it in which it would be made."""
+    return next(path for path in (root, *root.parents) if path.is_dir())
+
+
+def _space(folder: Path, needed: Estimate) -> Iterator[Problem]:
+    free_bytes, free_files = free_space(folder)
+    if free_bytes < needed.num_bytes:
+        what = f"{folder} has {in_bytes(free_bytes)} free, and the campaign will write about {in_bytes(needed.num_bytes)}"
+        yield Problem("machine", "--dir", f"{what} (estimate)", "a folder with more room")
+    if free_files is not None and free_files < needed.num_files:
+        what = f"{folder} has room for {free_files} more files, and the campaign will make about {needed.num_files}"
+        yield Problem("machine", "--dir", f"{what} (estimate)", "a folder with more room, or fewer tasks")
+
+
+def free_space(folder: Path) -> tuple[int, int | None]:
+    """Bytes and files that this user may still write, as the file system tells; quotas it may not know.
+
+    None: a file system that does not count its files.
+    """
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize, status.f_favail if status.f_files else None
+
+
+def in_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}"
