@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,3 +87,17 @@ def detached_state(folder: CampaignFolder) -> dict[str, Any] | None:
     if controller is None or (controller.over and not controller.over.startswith("the campaign has stopped")):
         return None
     return vars(controller)
+
+
+def tidy_controllers(folder: CampaignFolder, before: int) -> None:
+    """Remove what controllers older than number `before` have left; their words end up in manager.log."""
+    for path in sorted(folder.controllers.glob("[0-9]*")):
+        if int(path.name.partition("-")[0]) >= before:
+            continue
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+            continue
+        with folder.log.open("ab") as log:
+            for output in sorted(path.glob("*_log.*")):
+                log.write(output.read_bytes())
+        shutil.rmtree(path, ignore_errors=True)

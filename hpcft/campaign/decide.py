@@ -42,6 +42,8 @@ class Observation:
     """What the scheduler says of the current stage; `known` is False when it did not answer."""
 
     known: bool = True
+    silence: str = ""
+    """What the scheduler's command said when it gave no answer."""
     alive: Mapping[int, QueuedTask] = field(default_factory=dict)
     ended: Mapping[int, Ending] = field(default_factory=dict)
     """How jobs ended that are over, as far as the scheduler or its accounting knows."""
@@ -49,6 +51,8 @@ class Observation:
     """Time since a recorded job was first seen to be over."""
     found: Mapping[int, tuple[FoundSubmission, ...]] = field(default_factory=dict)
     """By attempt."""
+    num_queued: int = 0
+    """Jobs of this user in the queue, those of other campaigns and programs included."""
 
 
 @dataclass(frozen=True)
@@ -225,23 +229,25 @@ def _chunks(
 ) -> list[Action]:
     """Submissions of tasks that need the same, within every limit on their number."""
     packed = limits.tasks_per_job
-    room = len(wanted) if limits.max_running is None else max(0, limits.max_running - len(busy))
-    if limits.room is not None:
-        room = min(room, limits.room * packed)
-    size = len(wanted) if limits.max_array is None else limits.max_array * packed
+    free = len(wanted) if limits.max_running is None else max(0, limits.max_running - len(busy))
+    # From here on counts of jobs: tasks that need different things cannot share one.
+    room = len(wanted) if limits.room is None else limits.room
+    size = len(wanted) if limits.max_array is None else limits.max_array
     if refused is not None:  # fewer at a time, until Slurm takes them; one alone has to wait
         if refused.num_jobs == 1 and now - refused.at < LIMIT_BACKOFF_S:
             return []
-        room = size = min(size, room, max(1, refused.num_jobs // 2) * packed)
+        room = min(size, room, max(1, refused.num_jobs // 2))
     groups: dict[Needs, list[int]] = defaultdict(list)
-    for task in sorted(wanted)[:room]:
+    for task in sorted(wanted)[:free]:
         groups[wanted[task]].append(task)
     number = max((a.number for a in stage.attempts), default=0)
     actions: list[Action] = []
     for needs, tasks in groups.items():
-        for start in range(0, len(tasks), size):
+        while tasks and room > 0:
             number += 1
-            chunk = tuple(tasks[start : start + size])
+            chunk = tuple(tasks[: min(size, room) * packed])
+            tasks = tasks[len(chunk) :]
+            room -= -(-len(chunk) // packed)
             actions.append(Submit(stage.round, stage.name, chunk, number, needs))
     return actions
 

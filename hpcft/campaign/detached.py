@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hpcft.campaign.controllers import newest_controller, record_path, write_over
+from hpcft.campaign.controllers import newest_controller, record_path, tidy_controllers, write_over
 from hpcft.campaign.decide import Finish
 from hpcft.campaign.lease import lease
 from hpcft.campaign.manager import Manager, Turn
@@ -51,6 +51,7 @@ def submit_controller(manager: Manager, after: Sequence[str], begin_in_s: int = 
         write_json(record_path(folder, number, "over"), {"why": "Slurm refused it", "at": time.time()})
         raise
     write_json(record_path(folder, number, "submitted"), {"job_id": job_id, "at": time.time()})
+    tidy_controllers(folder, number - 1)
     return job_id
 
 
@@ -141,7 +142,7 @@ def run_controller(root: str, number: int) -> str:
 def _log_turn(turn: Turn) -> None:
     from hpcft.campaign.manager import stage_line
 
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {stage_line(turn)} {turn.unconfirmed}".rstrip(), flush=True)
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {stage_line(turn)} {turn.silence}".rstrip(), flush=True)
 
 
 def require_slurm(site: Site) -> None:

@@ -53,6 +53,11 @@ class Turn:
     """What Slurm did not confirm in this turn, such as a submission."""
 
     @property
+    def silence(self) -> str:
+        """What Slurm said instead of an answer."""
+        return self.unconfirmed or self.observation.silence
+
+    @property
     def scheduler_answers(self) -> bool:
         return self.observation.known and not self.unconfirmed
 
@@ -129,7 +134,8 @@ class Manager:
                 self._note_observation(records, observation, now)
         else:
             observation = Observation()
-        actions = decide(records, observation, now, self._limits(records.current, observation))
+        limits = self._limits(records.current, observation) if observation.known else Limits()
+        actions = decide(records, observation, now, limits)
         if any(isinstance(action, Plan | Finish) for action in actions):
             self._tidy_finished(records)
         unconfirmed = ""
@@ -177,17 +183,17 @@ class Manager:
         )
         ranks = module.ranks(self.campaign)
         if self.site.executor == "slurm":
-            asked = self.site.slurm_for(name)
-            jobs = {queued.job_id for queued in observation.alive.values()}
+            allowed = self.scheduler.limits(name)
+            room = allowed.max_submitted
             return replace(
                 common,
                 max_running=self.site.task_limit(),
-                max_array=asked.max_array_size,
+                max_array=allowed.max_array_size,
                 # One place is the controller's, should the campaign be detached.
-                room=None if asked.max_submitted is None else max(0, asked.max_submitted - len(jobs) - 1),
+                room=None if room is None else max(0, room - observation.num_queued - 1),
                 tasks_per_job=self.scheduler.tasks_per_job(name, ranks),
-                max_time_min=asked.max_time_min,
-                max_memory_GB=asked.max_memory_GB,
+                max_time_min=allowed.max_time_min,
+                max_memory_GB=allowed.max_memory_GB,
             )
         cores = ranks * resources.cpus_per_rank
         room = self.site.max_running_tasks or max(1, (self.site.task_limit() or 1) // cores)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from hpcft.campaign.decide import FoundSubmission, Observation, QueuedTask, is_open
 from hpcft.campaign.policy import Needs
@@ -13,6 +15,7 @@ from hpcft.campaign.records import Attempt, Cause, Ending, Records, StageRecord
 from hpcft.campaign.worker import run_tasks
 from hpcft.cluster import local, slurm
 from hpcft.cluster.executors import JobSpec, submit, write_inputs
+from hpcft.cluster.limits import Cluster, StageLimits, effective, read_cluster
 from hpcft.config.campaign import Campaign
 from hpcft.config.site import Site
 from hpcft.errors import SchedulerUnavailable
@@ -31,6 +34,8 @@ _CAUSES: dict[str, Cause] = {
 # Their names alone do not say enough: memory that ran out in a step shows as FAILED, and no word of a completed job
 # says where its result is.
 _UNCLEAR = ("FAILED", "COMPLETED")
+# A manager may live for weeks, and limits change.
+_LIMITS_AGE_S = 3600.0
 
 
 class Scheduler:
@@ -47,6 +52,8 @@ class Scheduler:
         self.folder, self.campaign, self.site = folder, campaign, site
         self.name_prefix = f"hpcft-{folder.read_identity()['id']}-"
         self._run, self._clock = run, clock
+        self._cluster: Cluster | None = None
+        self._cluster_read_at = -math.inf
         self._gone_since: dict[tuple[int, str, int, int], float] = {}
 
     @property
@@ -91,6 +98,17 @@ class Scheduler:
         shares = [tuple(tasks[start : start + packed]) for start in range(0, len(tasks), packed)]
         return [(root, round_, stage, share, attempt) for share in shares]
 
+    def limits(self, stage: str) -> StageLimits:
+        """What the site config and Slurm itself allow a stage; nothing is known on this machine."""
+        if not self.is_slurm:
+            return StageLimits()
+        now = self._clock()
+        if now - self._cluster_read_at > (_LIMITS_AGE_S if self._cluster else _LIMITS_AGE_S / 60):
+            self._cluster_read_at = now
+            with contextlib.suppress(SchedulerUnavailable):
+                self._cluster = read_cluster(self._run)
+        return effective(self.site, stage, self._cluster)  # type: ignore[arg-type]
+
     def release(self, job_ids: Sequence[str]) -> None:
         """Let jobs start; where Slurm does not answer, the next look tries again."""
         if self.is_slurm and job_ids:
@@ -117,10 +135,11 @@ class Scheduler:
         if not self.is_slurm:
             return self._observe_locally(stage)
         try:
-            jobs = slurm.queue(self.name_prefix, self._run)
-        except SchedulerUnavailable:
-            return Observation(known=False)
-        return self._from_queue(stage, jobs)
+            jobs = slurm.queue("", self._run)
+        except SchedulerUnavailable as error:
+            return Observation(known=False, silence=str(error))
+        observation = self._from_queue(stage, [job for job in jobs if job.name.startswith(self.name_prefix)])
+        return replace(observation, num_queued=sum(1 for job in jobs if not job.is_over))
 
     def _observe_locally(self, stage: StageRecord) -> Observation:
         where = self.folder.stage(stage.round, stage.name)
@@ -167,7 +186,7 @@ class Scheduler:
                 found[attempt.number] = _submissions(strays)
         self.release(held)
         gone = self._gone(stage, alive)
-        return Observation(True, alive, self._ended(stage, gone, over), gone, found)
+        return Observation(alive=alive, ended=self._ended(stage, gone, over), gone_for_s=gone, found=found)
 
     def _gone(self, stage: StageRecord, alive: Mapping[int, QueuedTask]) -> dict[int, float]:
         """For how long each recorded, unfinished task has had no job any more, as far as this process has watched."""

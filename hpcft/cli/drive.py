@@ -114,7 +114,7 @@ def take_steps(folder: CampaignFolder, site: Site, take_over: bool, *, resumed: 
             progress.show(turn)
             if not turn.scheduler_answers:
                 raise SchedulerUnavailable(
-                    f"Slurm does not answer, so nothing could be decided. {turn.unconfirmed}".strip()
+                    f"Slurm does not answer, so nothing could be decided. {turn.silence}".strip()
                 )
             if turn.is_idle or any(isinstance(action, Finish) for action in turn.actions):
                 return stage_line(turn)
@@ -142,8 +142,7 @@ def _go_on_without_terminal(manager: Manager, progress: Progress) -> bool:
     from hpcft.campaign.detached import drive_detached
 
     progress.close()
-    log = manager.folder.root / "manager.log"
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(manager.folder.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (0, 1, 2):
         os.dup2(os.open(os.devnull, os.O_RDONLY) if stream == 0 else descriptor, stream)
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} the terminal is gone", flush=True)

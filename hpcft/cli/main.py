@@ -8,7 +8,7 @@ import sys
 import typer
 
 from hpcft import __version__
-from hpcft.cli import campaign, inspect, mend, model, site
+from hpcft.cli import archive, campaign, inspect, mend, model, site
 from hpcft.errors import CampaignStopped, LabelError, LeaseHeld, SchedulerUnavailable, UserError
 
 app = typer.Typer(
@@ -29,6 +29,8 @@ app.command("status")(campaign.status)
 app.command("cancel")(campaign.cancel)
 app.command("report")(campaign.report)
 app.command("inspect")(inspect.inspect)
+app.command("archive")(archive.archive)
+app.command("verify")(archive.verify)
 app.command("check")(site.check)
 app.add_typer(model.app, name="model")
 app.add_typer(site.app, name="site")

@@ -73,7 +73,7 @@ class Progress:
         if stage is None:
             return
         line = stage_line(turn) + self._epoch(stage.round, stage.name)
-        self._show_silence(not turn.scheduler_answers, turn.unconfirmed)
+        self._show_silence(not turn.scheduler_answers, turn.silence)
         if self._status is not None:
             self._status.update(f"{line} · {time.monotonic() - self._stage_started:.0f} s")
 

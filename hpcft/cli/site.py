@@ -58,16 +58,13 @@ def check(
     root = root.absolute() if root else None
     found = [*preflight.machine_problems(site, campaign), *_unreadable(mistakes)]
     found += preflight.folder_problems(root, needed) if root else []
-    cluster, silence = None, None
-    if site.executor == "slurm" and not missing_executables(site):
-        cluster, silence = _ask_slurm()
-    if cluster is not None:
-        from hpcft.cluster.problems import problems
-
-        found += problems(site, campaign, cluster)
+    asks_slurm = site.executor == "slurm" and not missing_executables(site)
+    cluster, silence = _ask_slurm() if asks_slurm else (None, None)
+    found += _refused(site, campaign, cluster)
     _print_summary(site, cluster, campaign, inputs)
     _print_needs(root, needed)
-    _print_problems(found, {"site": site_file, "campaign": campaign_file})
+    nothing = "no problems found" if silence is None else "no problems found without Slurm"
+    _print_problems(found, {"site": site_file, "campaign": campaign_file}, nothing)
     if silence is not None:
         raise SchedulerUnavailable(f"Slurm was not asked about its limits: {silence}")
     if any(problem.severity == "error" for problem in found):
@@ -131,6 +128,12 @@ def _unreadable(mistakes: list[UserError]) -> Iterator[Problem]:
 
     for mistake in mistakes:
         yield Problem("campaign", "structures", str(mistake))
+
+
+def _refused(site: Site, campaign: Campaign | None, cluster: Cluster | None) -> list[Problem]:
+    from hpcft.cluster.problems import problems
+
+    return problems(site, campaign, cluster) if cluster is not None else []
 
 
 def _ask_slurm() -> tuple[Cluster | None, SchedulerUnavailable | None]:
@@ -211,7 +214,7 @@ def _print_needs(root: Path | None, needed: Estimate | None) -> None:
         typer.echo(f"takes    at most {hours}, were each task to use up its time limit once (estimate)")
 
 
-def _print_problems(found: Iterable[Problem], files: dict[str, Path | None]) -> None:
+def _print_problems(found: Iterable[Problem], files: dict[str, Path | None], nothing: str) -> None:
     found = sorted(dict.fromkeys(found), key=lambda problem: problem.severity != "error")
     width = min(shutil.get_terminal_size().columns, 120)
     typer.echo()
@@ -226,7 +229,7 @@ def _print_problems(found: Iterable[Problem], files: dict[str, Path | None]) -> 
                 typer.echo(_wrapped(text, indent, width))
     counts = {kind: sum(p.severity == kind for p in found) for kind in ("error", "warning")}
     words = [f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts.items() if count]
-    typer.echo(", ".join(words) or "no problems found")
+    typer.echo(", ".join(words) or nothing)
 
 
 def _wrapped(text: str, indent: str, width: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 from hpcft.cluster.limits import Cluster, effective, nodes_of, terms_of
@@ -127,18 +126,12 @@ def _limits(cluster: Cluster, partition: Partition) -> list[str]:
 
 
 def _controller(cluster: Cluster, partition: Partition) -> list[str]:
-    """The controller's own defaults, made smaller where they are over the limits."""
+    """A shorter controller where its usual time is over the partition's."""
     site = Site(name="draft", executor="slurm", slurm=Slurm(partition=partition.name))
-    limits, usual = effective(site, "controller", cluster, {}), site.controller
-    wishes = []
-    if limits.max_time_min is not None and limits.max_time_min < usual.time_min:
-        wishes.append(f"time_min: {limits.max_time_min}")
-    memory_GB = limits.max_memory_GB
-    if memory_GB is not None and usual.memory_GB is not None and memory_GB < usual.memory_GB:
-        wishes.append(f"memory_GB: {math.floor(memory_GB * 100) / 100:g}")
-    if not wishes:
+    most = effective(site, "controller", cluster, {}).max_time_min
+    if most is None or most >= site.controller.time_min:
         return []
-    return ["", _line(f"controller: {{{', '.join(wishes)}}}", "guess: its defaults are more than there is")]
+    return ["", _line(f"controller: {{time_min: {most}}}", f"guess: all that {partition.name} gives")]
 
 
 def _yaml(text: str) -> str:

@@ -164,11 +164,15 @@ class _Check:
             return
         mine = association.qos if association and association.qos else tuple(self.cluster.qos)
         if name not in self.cluster.qos:
-            yield self._at("qos", f"there is no QOS {name}", _listed(mine))
+            what = f"there is no QOS {name}"
         elif name not in mine and "qos" in self.cluster.enforced:
-            yield self._at(
-                "qos", f"the account {self.terms.account} may not use the QOS {name}", _listed(mine)
-            )
+            what = f"the account {self.terms.account} may not use the QOS {name}"
+        else:
+            return
+        # Some sites have a plugin that puts the QOS's true name in place of a short one.
+        plugins = self.cluster.job_submit_plugins
+        may_change = f" (unless the site's plugin {plugins} makes another of it)" if plugins else ""
+        yield self._at("qos", what + may_change, _listed(mine), is_error=not plugins)
 
     def _open_partitions(self) -> list[str]:
         return [

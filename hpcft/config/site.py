@@ -201,8 +201,8 @@ class Controller(StageSlurm):
 
     time_min: Annotated[Count, Unit("min")] = 30
     """Time limit of the controller job in minutes."""
-    memory_GB: Annotated[Positive, Unit("GB")] | None = 4.0
-    """Memory of the controller job in GB; null: what the site gives by default."""
+    memory_GB: Annotated[Positive, Unit("GB")] | None = None
+    """Memory of the controller job in GB, which needs less than 1; left out: what the site gives by default."""
 
 
 class Site(Section):

@@ -206,6 +206,11 @@ class CampaignFolder:
         return self.root / "controllers"
 
     @property
+    def log(self) -> Path:
+        """What managers without a terminal have said."""
+        return self.root / "manager.log"
+
+    @property
     def observed(self) -> Path:
         """What the scheduler said last, for readers while it does not answer."""
         return self.root / "observed.json"

@@ -2,225 +2,258 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from simulated_machine import STAGES, Machine, ManagerKilled
 
 from hpcft.campaign.decide import (
+    LIMIT_BACKOFF_S,
     SETTLING_S,
+    Action,
+    Adopt,
     CancelStrays,
     Collect,
     Finish,
-    Limits,
     Observation,
     Plan,
+    RecordEndings,
+    SetAside,
     Stop,
     Submit,
     Wait,
     decide,
+    is_open,
 )
-from hpcft.campaign.records import Attempt, Records, StageRecord, TaskKey
+from hpcft.campaign.policy import INTERRUPTIONS, Limits
+from hpcft.campaign.records import Records
+from hpcft.campaign.scheduler import Scheduler
+from hpcft.config.site import Site
+from hpcft.errors import SchedulerUnavailable
 
-STAGES = ((0, "probe"), (0, "evaluate"), (1, "label"), (1, "train"))
-MAX_TURNS = 600
-
-
-@dataclass
-class Job:
-    key: TaskKey
-    attempt: int
-    recorded: bool
-    seen_from: float
-    """Slurm shows a submission whose answer was lost only after a while."""
+MAX_TURNS = 3000
+SITE = Site.model_validate({"name": "cluster", "executor": "slurm", "slurm": {}})
 
 
-@dataclass
-class Machine:
-    """Truth about one campaign: what runs, what has ended, what is written down. `script` holds the disturbances."""
-
-    num_tasks: Sequence[int]
-    script: list[int]
-    clock: float = 0.0
-    jobs: list[Job] = field(default_factory=list)
-    stages: list[StageRecord] = field(default_factory=lambda: [StageRecord(*STAGES[0])])
-
-    def draw(self, *fates: str) -> str:
-        """The next fate of the script; the first, healthy one when the script has come to its end."""
-        return fates[self.script.pop() % len(fates)] if self.script else fates[0]
-
-    @property
-    def stage(self) -> StageRecord:
-        return self.stages[-1]
-
-    def change(self, **values: object) -> None:
-        self.stages[-1] = replace(self.stage, **values)  # type: ignore[arg-type]
-
-    def records(self) -> Records:
-        return Records(tuple(self.stages), rounds=1)
-
-    def jobs_of(self, task: int) -> list[Job]:
-        return [job for job in self.jobs if job.key == (self.stage.round, self.stage.name, task)]
-
-    def observe(self) -> Observation:
-        if self.draw("answers", "answers", "answers", "is down") == "is down":
-            return Observation(known=False)
-        here = [job for job in self.jobs if job.key[:2] == (self.stage.round, self.stage.name)]
-        seen = [job for job in here if job.seen_from <= self.clock]
-        strays = tuple(f"{job.attempt}_{job.key[2]}" for job in seen if not job.recorded)
-        return Observation(frozenset(job.key for job in seen if job.recorded), True, strays)
-
-    def let_time_pass(self) -> None:
-        """Running tasks end in any order: with a result, with an error, or without a word; a held one never runs."""
-        self.clock += float(self.draw("10", "0", "1", "60"))
-        for job in [job for job in self.jobs if job.recorded]:
-            fate = self.draw(
-                "finishes", "runs", "runs", "is killed", "fails", "fails for good", "is requeued"
-            )
-            if fate in ("runs", "is requeued"):
-                continue
-            self.jobs.remove(job)
-            task = job.key[2]
-            if fate == "finishes":
-                self.change(done=self.stage.done | {task})
-            elif fate != "is killed":
-                entry = {"attempt": job.attempt, "final": fate == "fails for good", "message": fate}
-                known = self.stage.errors.get(task, ())
-                self.change(errors={**self.stage.errors, task: (*known, entry)})
-
-    def submit(self, action: Submit) -> None:
-        fate = self.draw("recorded", "recorded", "never arrived", "answer lost", "answer lost, seen late")
-        job_ids = {task: f"{action.attempt}_{task}" for task in action.tasks} if fate == "recorded" else None
-        attempt = Attempt(action.attempt, action.tasks, f"job-{action.attempt}", self.clock, job_ids)
-        self.change(attempts=(*self.stage.attempts, attempt))
-        if fate != "never arrived":
-            late = SETTLING_S if fate == "answer lost, seen late" else 0.0
-            for task in action.tasks:
-                key = (action.round, action.stage, task)
-                self.jobs.append(Job(key, action.attempt, job_ids is not None, self.clock + late))
-
-    def resume(self) -> None:
-        self.change(resumed_after=max((a.number for a in self.stage.attempts), default=0))
+def new_scheduler(machine: Machine) -> Scheduler:
+    """As of a manager that has just been started: it remembers nothing."""
+    folder: Any = SimpleNamespace(read_identity=lambda: {"id": "0123abcd"})
+    no_campaign: Any = None
+    return Scheduler(folder, no_campaign, SITE, machine.run, lambda: machine.clock)
 
 
-def check_submission(machine: Machine, action: Submit, observation: Observation, limits: Limits) -> None:
+def has_failed(machine: Machine, task: int, limits: Limits) -> bool:
     stage = machine.stage
-    assert observation.known
-    assert action.tasks
-    assert len(set(action.tasks)) == len(action.tasks)
-    assert action.attempt > max((a.number for a in stage.attempts), default=0)
-    for task in action.tasks:
-        assert task not in stage.done
-        assert machine.jobs_of(task) == [], "a job of this task may still run"
+    endings = [e for e in stage.endings.get(task, ()) if e.attempt > stage.resumed_after]
+    if not endings:
+        return False
+    error = stage.error(task, endings[-1].attempt)
+    interrupted = sum(e.cause in INTERRUPTIONS for e in endings)
+    return (
+        bool(error and error["final"] and endings[-1].cause == "error")
+        or len(endings) - interrupted >= limits.max_attempts
+        or interrupted >= limits.max_interruptions
+    )
+
+
+def check_submissions(
+    machine: Machine, actions: list[Submit], observation: Observation, limits: Limits
+) -> None:
+    stage = machine.stage
+    assert observation.known, "Slurm is silent"
+    tasks = [task for action in actions for task in action.tasks]
+    assert len(set(tasks)) == len(tasks)
+    assert all(action.tasks for action in actions)
+    numbers = [action.attempt for action in actions]
+    assert numbers == sorted(set(numbers))
+    assert numbers[0] > max((a.number for a in stage.attempts), default=0)
+    for task in tasks:
+        assert task in stage.missing
+        assert machine.may_run(task) == [], "a job of this task may still run"
+        assert task not in machine.finished, "its result was only on its way"
+        assert not has_failed(machine, task, limits)
         latest = stage.latest_attempt(task)
-        if latest is not None:
-            assert latest.job_ids is not None or machine.clock - latest.at >= SETTLING_S
-        since = [a.number for a in stage.attempts if task in a.tasks and a.number > stage.resumed_after]
-        assert len(since) < limits.max_attempts
-        assert not any(e["final"] and e["attempt"] in since for e in stage.errors.get(task, ()))
+        if latest is not None and latest.job_ids is None:
+            assert machine.clock - latest.at >= SETTLING_S, "it may still arrive"
+        if latest is not None and latest.job_ids is not None:
+            assert stage.ending(task, latest.number) is not None, (
+                "nobody has written down how the last one ended"
+            )
+    packed = limits.tasks_per_job
+    num_jobs = [-(-len(action.tasks) // packed) for action in actions]
     if limits.max_running is not None:
-        assert len(machine.jobs) + len(action.tasks) <= limits.max_running
+        assert (
+            len({task for task in stage.missing if machine.may_run(task)}) + len(tasks) <= limits.max_running
+        )
     if limits.max_array is not None:
-        assert len(action.tasks) <= limits.max_array
+        assert max(num_jobs) <= limits.max_array
+    if limits.room is not None:
+        assert sum(num_jobs) <= limits.room
 
 
 def check_stop(machine: Machine, action: Stop, limits: Limits) -> None:
-    """It is justified by a task that has failed, and nothing is left running unattended."""
+    """It is justified by a refusal or by tasks that have failed, and then nothing is left running unattended."""
     stage = machine.stage
-    assert [job for job in machine.jobs if job.recorded] == []
     assert f"round {stage.round}, stage {stage.name}" in action.why
+    newest = stage.attempts[-1]
+    if newest.rejected is not None and not newest.rejected.limit and "Invalid qos" in action.why:
+        assert newest.number > stage.resumed_after
+        return
+    failed = [task for task in stage.missing if has_failed(machine, task, limits)]
+    assert len(failed) + len(stage.set_aside) > limits.tolerated
+    assert [task for task in stage.missing if machine.may_run(task)] == []
 
-    def has_failed(task: int) -> bool:
-        since = [a.number for a in stage.attempts if task in a.tasks and a.number > stage.resumed_after]
-        final = any(e["final"] and e["attempt"] in since for e in stage.errors.get(task, ()))
-        return final or len(since) >= limits.max_attempts
 
-    assert any(has_failed(task) for task in stage.missing)
+def check_wait(machine: Machine, records: Records, observation: Observation, now: float) -> None:
+    stage = records.current
+    assert stage is not None
+    newest = stage.attempts[-1] if stage.attempts else None
+    backing_off = newest is not None and newest.rejected is not None and now - newest.at < LIMIT_BACKOFF_S
+    waits_for_something = (
+        not observation.known
+        or observation.alive
+        or backing_off
+        or any(is_open(stage, t) for t in stage.missing)
+    )
+    assert waits_for_something, "nothing would ever change"
 
 
-def drive(machine: Machine, limits: Limits, resumes: int) -> tuple[str, int]:
+def check_endings(machine: Machine, action: RecordEndings) -> None:
+    for task, ending in action.endings.items():
+        latest = machine.stage.latest_attempt(task)
+        assert latest is not None
+        assert latest.number == ending.attempt
+        assert machine.stage.ending(task, latest.number) is None
+        assert machine.may_run(task) == [], "it has not ended"
+        assert task not in machine.finished, "its result was only on its way"
+
+
+def perform(machine: Machine, scheduler: Scheduler, action: Action) -> None:
+    match action:
+        case Plan():
+            assert machine.stage.num_tasks is None
+            machine.plan()
+        case Submit():
+            machine.submit(action, scheduler.release)
+        case Adopt():
+            attempt = next(a for a in machine.stage.attempts if a.number == action.attempt)
+            assert attempt.job_ids is None
+            assert all(machine.may_run(task) == [] for task in attempt.tasks)
+            machine.adopt(action, scheduler.release)
+        case RecordEndings():
+            check_endings(machine, action)
+            machine.record_endings(action)
+        case SetAside():
+            machine.set_aside(action)
+        case Collect():
+            assert machine.stage.missing == ()
+            machine.collect()
+        case CancelStrays():
+            scheduler.cancel(action.job_ids)
+
+
+def drive(
+    machine: Machine, limits: Limits, resumes: int, max_submitted: int | None = None
+) -> tuple[str, int]:
     """Run the campaign to its end; returns how it ended and how many resumes it took."""
     resumed = 0
     must_submit: set[int] = set()
+    scheduler = new_scheduler(machine)
     for _ in range(MAX_TURNS):
-        now, observation = machine.clock, machine.observe()
+        now = machine.clock
+        observation = scheduler.observe(machine.records())
         machine.let_time_pass()  # between the look at the queue and that at the records
         records = machine.records()
-        actions = decide(records, observation, now, limits)
-        assert actions == decide(records, observation, now, limits)
-        assert len(actions) == 1
-        match actions[0]:
-            case Finish():
-                assert len(machine.stages) == len(STAGES)
-                assert machine.stage.product is not None
-                return "finished", resumed
-            case Plan(round_, name):
-                assert (round_, name) == (machine.stage.round, machine.stage.name)
-                assert machine.stage.num_tasks is None
-                machine.change(num_tasks=machine.num_tasks[len(machine.stages) - 1])
-            case Submit() as action:
-                assert (action.round, action.stage) == (machine.stage.round, machine.stage.name)
-                check_submission(machine, action, observation, limits)
-                must_submit -= set(action.tasks)
-                machine.submit(action)
-            case Collect(round_, name):
-                assert (round_, name) == (machine.stage.round, machine.stage.name)
-                assert machine.stage.done == set(range(machine.stage.num_tasks or 0))
-                machine.change(product={})
-                machine.jobs.clear()  # held ones of a lost submission are worth nothing any more
-                if len(machine.stages) < len(STAGES):
-                    machine.stages.append(StageRecord(*STAGES[len(machine.stages)]))
-            case CancelStrays(job_ids):
-                named = [job for job in machine.jobs if f"{job.attempt}_{job.key[2]}" in job_ids]
-                assert named
-                assert not any(job.recorded for job in named)
-                machine.jobs = [job for job in machine.jobs if job not in named]
-            case Stop() as action:
-                check_stop(machine, action, limits)
-                assert not must_submit, "a task that was resumed has had no new attempt"
-                if resumed == resumes:
-                    return "stopped", resumed
-                resumed += 1
-                must_submit = {
-                    task for task in machine.stage.missing if f"ask {task}" in action.why.split(" failed")[0]
-                }
-                machine.resume()
-            case Wait():
-                waits_for_something = (
-                    not observation.known
-                    or observation.alive
-                    or any(a.job_ids is None for a in machine.stage.attempts)
-                )
-                assert waits_for_something, "nothing would ever change"
+        jobs = {queued.job_id for queued in observation.alive.values()}
+        here = limits if max_submitted is None else replace(limits, room=max(0, max_submitted - len(jobs)))
+        actions = decide(records, observation, now, here)
+        assert actions == decide(records, observation, now, here)
+        assert len(actions) == 1 or all(isinstance(action, Submit) for action in actions)
+        submissions = [action for action in actions if isinstance(action, Submit)]
+        if submissions:
+            check_submissions(machine, submissions, observation, here)
+        try:
+            for action in actions:
+                assert getattr(action, "round", machine.stage.round) == machine.stage.round
+                assert getattr(action, "stage", machine.stage.name) == machine.stage.name
+                if isinstance(action, SetAside):
+                    assert all(has_failed(machine, task, limits) for task in action.why)
+                    assert len(machine.stage.set_aside) + len(action.why) <= limits.tolerated
+                if isinstance(action, Submit):
+                    must_submit -= set(action.tasks)
+                perform(machine, scheduler, action)
+        except SchedulerUnavailable:
+            pass
+        except ManagerKilled:
+            scheduler = new_scheduler(machine)
+        for task in machine.stage.missing:
+            assert len(machine.may_run(task)) <= 1, "two jobs of one task may run"
+        if isinstance(actions[0], Finish):
+            assert len(machine.stages) == len(STAGES)
+            assert all(stage.product is not None and not stage.missing for stage in machine.stages)
+            assert all(len(stage.set_aside) <= limits.tolerated for stage in machine.stages)
+            return "finished", resumed
+        if isinstance(actions[0], Wait):
+            check_wait(machine, records, observation, now)
+        if isinstance(actions[0], Stop):
+            check_stop(machine, actions[0], limits)
+            failed = {task for task in machine.stage.missing if has_failed(machine, task, limits)}
+            assert not must_submit & failed, "a task that was resumed has had no new attempt"
+            if resumed == resumes:
+                return "stopped", resumed
+            resumed += 1
+            must_submit |= failed
+            machine.resume()
+            scheduler = new_scheduler(machine)
     raise AssertionError(f"no end after {MAX_TURNS} turns: {machine}")
 
 
-counts = st.lists(st.integers(1, 4), min_size=len(STAGES), max_size=len(STAGES))
-scripts = st.lists(st.integers(0, 419), max_size=150)
+counts = st.lists(st.integers(1, 5), min_size=len(STAGES), max_size=len(STAGES))
+scripts = st.lists(st.integers(0, 27719), max_size=200)
 few = st.one_of(st.none(), st.integers(1, 3))
-bounds = st.builds(Limits, st.integers(1, 3), few, few)
+bounds = st.builds(
+    Limits,
+    max_attempts=st.integers(1, 3),
+    max_interruptions=st.integers(1, 3),
+    max_running=few,
+    max_array=few,
+    tasks_per_job=st.sampled_from([1, 1, 2, 3]),
+    tolerated=st.sampled_from([0, 0, 1, 2]),
+    memory_GB=st.sampled_from([None, 2.0]),
+    max_time_min=st.sampled_from([None, 200]),
+    max_memory_GB=st.sampled_from([None, 16.0]),
+)
+capacities = st.sampled_from([10**6, 1, 2, 3])
 
 
 @settings(max_examples=250, deadline=None)
-@given(counts, scripts, bounds, st.integers(0, 2))
-@example([1, 1, 1, 1], [], Limits(1, 1), 0)
+@given(counts, scripts, bounds, st.integers(0, 2), capacities, few)
+@example([1, 1, 1, 1], [], Limits(max_attempts=1, max_running=1), 0, 1, 1)
 def test_a_campaign_on_a_faulty_machine_runs_no_task_twice_and_ends_with_all_results_or_a_justified_stop(
-    num_tasks: list[int], script: list[int], limits: Limits, resumes: int
+    num_tasks: list[int],
+    script: list[int],
+    limits: Limits,
+    resumes: int,
+    capacity: int,
+    max_submitted: int | None,
 ) -> None:
-    machine = Machine(num_tasks, list(script))
-    end, _ = drive(machine, limits, resumes)
+    machine = Machine(num_tasks, list(script), capacity, limits.tasks_per_job)
+    end, _ = drive(machine, limits, resumes, max_submitted)
     assert end in ("finished", "stopped")
     if not script:
         assert end == "finished"
+        assert not any(stage.set_aside for stage in machine.stages)
 
 
 @settings(max_examples=100, deadline=None)
-@given(counts, scripts, bounds)
+@given(counts, scripts, bounds, capacities, few)
 def test_a_user_who_resumes_often_enough_comes_to_the_end(
-    num_tasks: list[int], script: list[int], limits: Limits
+    num_tasks: list[int], script: list[int], limits: Limits, capacity: int, max_submitted: int | None
 ) -> None:
-    machine = Machine(num_tasks, list(script))
-    end, resumed = drive(machine, limits, resumes=len(script))
+    machine = Machine(num_tasks, list(script), capacity, limits.tasks_per_job)
+    end, resumed = drive(machine, limits, resumes=len(script), max_submitted=max_submitted)
     assert end == "finished"
     assert resumed <= len(script)

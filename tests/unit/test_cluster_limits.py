@@ -133,7 +133,7 @@ def test_times_are_read_in_every_form_that_slurm_writes(text: str, minutes: int 
     assert parse_minutes(text) == minutes
 
 
-# As printed on public clusters: https://research.csc.fi (Puhti, Mahti), IBEX, Snellius.
+# In the forms that public clusters print.
 @pytest.mark.parametrize(
     ("gres", "gpus"),
     [
@@ -229,7 +229,7 @@ def test_submitted_jobs_are_bounded_by_the_smallest_limit_of_qos_account_and_par
     assert limits(**slurm).max_submitted == most
 
 
-# Slurm 22.05 was asked: each limit is the longest time with which the job did not stay PENDING for its limit.
+# Slurm 22.05 was tried: jobs with less time started, with more they stayed PENDING for just this limit.
 @pytest.mark.parametrize(
     ("slurm", "minutes"),
     [

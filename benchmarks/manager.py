@@ -1,0 +1,347 @@
+"""What the manager costs: a round of a million items in 10,000 tasks, and the gap between stages on a real Slurm.
+
+    python benchmarks/manager.py [--json] [--without-slurm]
+
+The large round runs against programs on PATH that stand for Slurm, so that submitit, hpcft.cluster and the records do all
+that they always do. The gap is that of a tiny campaign on the single-host Slurm of tests/slurm/cluster; beside it, in the
+same minutes, jobs that do nothing but start Python and submitit show what of it is Slurm's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from ase.build import bulk
+from rich.console import Console
+from rich.table import Table
+
+from hpcft.campaign.decide import GONE_S
+from hpcft.campaign.lease import lease
+from hpcft.campaign.manager import Manager, Turn
+from hpcft.campaign.records import read_records
+from hpcft.campaign.tidy import tidy
+from hpcft.config.campaign import Campaign
+from hpcft.config.site import Site
+from hpcft.labelling.store import LabelStore
+from hpcft.stages.context import StageContext
+from hpcft.stages.registry import stage_named
+from hpcft.storage.atomic import write_json
+from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, stages_of
+from hpcft.storage.structures import write_structures
+
+REPOSITORY = Path(__file__).parents[1]
+ITEMS, TASKS = 1_000_000, 10_000
+REPEATS = 5
+CAMPAIGN: dict[str, Any] = {
+    "name": "large",
+    "rounds": 1,
+    "foundation": "/nowhere/foundation.pt",
+    "structures": "/nowhere/start.extxyz",
+    "reference": {"calculator": "ase.calculators.emt.EMT"},
+    "explore": {"temperature_K": 300.0, "timestep": 1.0, "steps": 10},
+    "train": {"epochs": 1},
+    "probe": {"steps": 10, "frames": 1},
+}
+SITE: dict[str, Any] = {
+    "name": "simulated",
+    "executor": "slurm",
+    "slurm": {
+        "partition": "cpu",
+        "max_array_size": 1001,
+        "max_submitted": 10 * TASKS,
+        "max_time_min": 1440,
+        "max_memory_GB": 64.0,
+    },
+}
+PROGRAMS = {
+    "sbatch": 'n=$(cat next); echo $((n+1)) > next; echo "Submitted batch job $n"',
+    # A real one needs some seconds to give up on a controller that is dead.
+    "squeue": "test -e down && { sleep 4; echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1; }\n"
+    "cat queue",
+    "sacct": "test -e down && exit 1\ncat accounting",
+    "scontrol": "",
+    "scancel": "",
+    "srun": "",
+}
+
+
+# ---- the simulated scheduler ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SimulatedSlurm:
+    """What the programs on PATH answer from, and the log of what they were asked."""
+
+    folder: Path
+
+    def shows(self, queue: list[str], accounting: list[str] | None = None) -> None:
+        (self.folder / "queue").write_text("".join(f"{line}\n" for line in queue))
+        (self.folder / "accounting").write_text("".join(f"{line}\n" for line in accounting or []))
+
+    def is_down(self, down: bool) -> None:
+        if down:
+            (self.folder / "down").touch()
+        else:
+            (self.folder / "down").unlink(missing_ok=True)
+
+    def calls(self) -> Counter[str]:
+        """The programs that ran since the last look."""
+        log = self.folder / "log"
+        names = log.read_text().split() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return Counter(names)
+
+
+@contextlib.contextmanager
+def simulated_slurm(folder: Path) -> Iterator[SimulatedSlurm]:
+    """Programs that answer at once from prepared files, first on PATH while this lasts."""
+    slurm, programs = SimulatedSlurm(folder / "slurm"), folder / "bin"
+    for path in (slurm.folder, programs):
+        path.mkdir(parents=True)
+    for name, answer in PROGRAMS.items():
+        home = shlex.quote(str(slurm.folder))
+        (programs / name).write_text(f"#!/bin/sh\ncd {home}\necho {name} >> log\n{answer}\n")
+        (programs / name).chmod(0o755)
+    (slurm.folder / "next").write_text("812")
+    slurm.shows([])
+    before = os.environ["PATH"]
+    os.environ["PATH"] = f"{programs}{os.pathsep}{before}"
+    try:
+        yield slurm
+    finally:
+        os.environ["PATH"] = before
+
+
+# ---- a large round -------------------------------------------------------------------------------------------------
+
+
+def write_large_campaign(root: Path, items: int, tasks: int) -> CampaignFolder:
+    """A campaign whose next stage is label: `items` selected frames, `tasks` shards."""
+    folder = CampaignFolder(root)
+    folder.inputs.mkdir(parents=True)
+    sizes = {"select": {"frames": items}, "label": {"shards": tasks}}
+    config = Campaign.model_validate(CAMPAIGN | sizes).model_dump(mode="json")
+    write_json(folder.identity, {"id": "0123abcd", "name": "large", "rounds": 1, "config": config})
+    done = [(0, name) for name in stages_of(0)] + [(1, "explore"), (1, "select")]
+    for round_, name in done:
+        where = folder.stage(round_, name)
+        where.path.mkdir(parents=True)
+        write_json(where.plan, {"tasks": [{}]})
+        metrics: dict[str, Any] = {"metrics": {}} if name == "evaluate" else {}
+        counts = {"failed": 0, "relaxations": 0, "frames_done": 1, "frames": 1, "stopped": {}}
+        write_json(where.product, {"tasks": 1, **counts, **metrics})
+    selected = folder.stage(1, "select").task(0).path / "selected.h5"
+    selected.parent.mkdir(parents=True)
+    write_structures(selected, [bulk("Cu", cubic=True)] * items)
+    return folder
+
+
+def plan_and_submit(root: Path) -> dict[str, float]:
+    """Run in a fresh process, so that its peak memory is its own."""
+    folder = CampaignFolder(root)
+    with lease(folder.leases):
+        manager = Manager(folder, Site.model_validate(SITE))
+        planned = seconds(manager.step)
+        peak = peak_memory_MiB()
+        submitted = seconds(manager.step)
+    return {"plan_seconds_1e6": planned, "plan_peak_mib": peak, "submit_seconds_1e4": submitted}
+
+
+def peak_memory_MiB() -> float:
+    """Of this process alone: ru_maxrss begins with that of the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def median_seconds(function: Callable[[], Any]) -> float:
+    return statistics.median(seconds(function) for _ in range(REPEATS))
+
+
+@dataclass
+class Round:
+    """The large round in progress, and what its steps have cost."""
+
+    folder: CampaignFolder
+    slurm: SimulatedSlurm
+    calls: list[Counter[str]] = field(default_factory=list)
+
+    @property
+    def stage(self) -> StageFolder:
+        return self.folder.stage(1, "label")
+
+    def jobs(self) -> dict[int, tuple[str, str]]:
+        """Job id and name of each task's latest attempt."""
+        stage = read_records(self.folder).current
+        assert stage is not None and stage.num_tasks
+        found = {}
+        for task in range(stage.num_tasks):
+            attempt = stage.latest_attempt(task)
+            assert attempt is not None and attempt.job_ids is not None
+            found[task] = (attempt.job_ids[task], attempt.job_name)
+        return found
+
+    def step(self, manager: Manager) -> tuple[float, Turn]:
+        self.slurm.calls()
+        start = time.perf_counter()
+        turn = manager.step()
+        taken = time.perf_counter() - start
+        self.calls.append(self.slurm.calls())
+        return taken, turn
+
+    def finish(self, tasks: range, num_items: int) -> None:
+        """Results as label tasks leave them, and all the files around them. Not timed, so not flushed to the disk."""
+        host = {"host": "n0001", "hpcft_version": "0", "peak_memory_MiB": 300.0}
+        counts = {"items": num_items, "done": num_items, "failed": 0, "frames_done": num_items, "causes": {}}
+        result = json.dumps({**counts, "wall_s": 1.0, "about": {"attempt": 1, "execution": 1, **host}})
+        mark = json.dumps({"attempt": 1, "at": time.time(), "host": "n0001", "pid": 1, "node": "n0001"})
+        logs = {task: self.stage.logs(1) / f"{job_id}_0" for task, (job_id, _) in self.jobs().items()}
+        for task in tasks:
+            where = self.stage.task(task)
+            where.path.mkdir(parents=True, exist_ok=True)
+            for name in ("lock", "journal-0001.jsonl", "labels.h5", "shard.json", "failures.json"):
+                (where.path / name).write_text("{}")
+            where.run(1).write_text(mark)
+            where.result.write_text(result)
+            for suffix in ("log.out", "log.err", "result.pkl"):
+                logs[task].with_name(f"{logs[task].name}_{suffix}").write_text("a line of a log\n" * 20)
+
+
+def measure_steps(work: Round, num_items: int) -> dict[str, float]:
+    """Steps while a part is done, a part runs and a part waits; then half of the tasks fail at once."""
+    jobs = work.jobs()
+    tasks = len(jobs)
+    quarter = tasks // 4
+
+    def line(task: int, state: str, reason: str) -> str:
+        job_id, name = jobs[task]
+        return f"{job_id}|{name}|{state}|{reason}|{'n0001' if state == 'RUNNING' else ''}"
+
+    def ended(task: int) -> str:
+        job_id, name = jobs[task]
+        return f"{job_id}|{name}|FAILED|1:0|n0001|4G\n{job_id}.batch|batch|FAILED|1:0|n0001|\n{job_id}.0|python|FAILED|1:0|n0001|"
+
+    work.finish(range(quarter), num_items)
+    running = [line(task, "RUNNING", "None") for task in range(quarter, 2 * quarter)]
+    pending = [line(task, "PENDING", "Priority") for task in range(2 * quarter, tasks)]
+    work.slurm.shows(running + pending)
+    found = {}
+    with lease(work.folder.leases):
+        manager = Manager(work.folder, Site.model_validate(SITE))
+        taken = [work.step(manager)[0] for _ in range(REPEATS)]
+        found["step_seconds"] = statistics.median(taken)
+        work.slurm.shows(running, [ended(task) for task in range(2 * quarter, tasks)])
+        gone = [work.step(manager)[0]]
+        time.sleep(GONE_S)
+        recording, turn = work.step(manager)
+        assert type(turn.actions[0]).__name__ == "RecordEndings", turn.actions[0]
+        found["step_seconds_5000_ended"] = max(*gone, recording)
+        again, turn = work.step(manager)
+        assert type(turn.actions[0]).__name__ == "Submit", turn.actions[0]
+        found["submit_again_seconds"] = again
+        jobs |= work.jobs()
+        again_pending = [line(task, "PENDING", "Priority") for task in range(2 * quarter, tasks)]
+        work.slurm.shows(running + again_pending)
+        taken = [work.step(manager)[0] for _ in range(REPEATS)]
+        found["step_seconds_second_attempt"] = statistics.median(taken)
+    questions = [calls["squeue"] + calls["sacct"] for calls in work.calls]
+    assert all(calls[name] <= 1 for calls in work.calls for name in ("squeue", "sacct"))
+    found["scheduler_calls_per_step"] = max(questions)
+    found["scheduler_calls_per_usual_step"] = statistics.median(questions)
+    return found
+
+
+def measure_status(work: Round) -> dict[str, float]:
+    """The whole command, from its start to its end."""
+    command = [sys.executable, "-m", "hpcft", "status", str(work.folder.root)]
+
+    def status() -> None:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    found = {"status_seconds": median_seconds(status)}
+    work.slurm.is_down(True)
+    try:
+        found["status_seconds_slurm_down"] = median_seconds(status)
+    finally:
+        work.slurm.is_down(False)
+    return found
+
+
+def measure_collection(work: Round, num_items: int) -> dict[str, float]:
+    work.finish(range(len(work.jobs())), num_items)
+    campaign = Campaign.model_validate(work.folder.read_identity()["config"])
+    context = StageContext(work.folder, campaign, 1, "label")
+    found = {"collect_seconds": seconds(lambda: stage_named("label").collect(context))}
+    write_json(work.stage.product, {**stage_named("label").collect(context), "tasks": len(context.plan())})
+    return found | {"tidy_seconds": seconds(lambda: tidy(work.stage))}
+
+
+def measure_label_task(work: Round, num_items: int) -> dict[str, float]:
+    """What one of the label tasks does besides labelling: read its share, and look for labels that are there already."""
+    from hpcft.stages.sharing import numbers_of
+    from hpcft.storage.structures import read_structures
+
+    campaign = Campaign.model_validate(work.folder.read_identity()["config"])
+    context = StageContext(work.folder, campaign, 1, "label")
+    payload = context.plan()[7]
+    selected = work.folder.stage(1, "select").task(0).path / "selected.h5"
+    share = list(numbers_of(payload["frames"]))
+    found = {"task_read_seconds": median_seconds(lambda: read_structures(selected, share))}
+    store = LabelStore(work.folder.labels)
+    for task in range(len(context.plan())):
+        shard = work.stage.task(task).path
+        shard.mkdir(parents=True, exist_ok=True)
+        keys = [f"{task * num_items + item:064x}" for item in range(num_items)]
+        (shard / "shard.json").write_text(json.dumps({"labels": keys, "relaxations": []}))
+    with fsync_for_free():
+        for task in range(len(context.plan())):
+            store.register(work.stage.task(task).path)
+    wanted = [f"{10**9 + item:064x}" for item in range(num_items)]
+    return found | {"store_find_seconds_1e4_shards": seconds(lambda: store.find(wanted))}
+
+
+@contextlib.contextmanager
+def fsync_for_free() -> Iterator[None]:
+    """For preparations that nobody times."""
+    before = os.fsync
+    os.fsync = lambda descriptor: None
+    try:
+        yield
+    finally:
+        os.fsync = before
+
+
+def measure_large_round(base: Path, items: int = ITEMS, tasks: int = TASKS) -> dict[str, float]:
+    """Everything that needs no Slurm, in a folder of its own below `base`."""
+    folder = write_large_campaign(base / "large", items, tasks)
+    with simulated_slurm(base) as slurm:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            found = pool.submit(plan_and_submit, folder.root).result()
+        work = Round(folder, slurm)
+        found |= measure_steps(work, items // tasks)
+        found |= measure_status(work)
+        found |= measure_label_task(work, items // tasks)
+        found |= measure_collection(work, items // tasks)
+    return found
