@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import shlex
@@ -20,10 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -42,9 +45,10 @@ from hpcft.config.site import Site
 from hpcft.labelling.store import LabelStore
 from hpcft.stages.context import StageContext
 from hpcft.stages.registry import stage_named
+from hpcft.stages.sharing import numbers_of
 from hpcft.storage.atomic import write_json
 from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, stages_of
-from hpcft.storage.structures import write_structures
+from hpcft.storage.structures import read_structures, write_structures
 
 REPOSITORY = Path(__file__).parents[1]
 ITEMS, TASKS = 1_000_000, 10_000
@@ -161,7 +165,12 @@ def plan_and_submit(root: Path) -> dict[str, float]:
         planned = seconds(manager.step)
         peak = peak_memory_MiB()
         submitted = seconds(manager.step)
-    return {"plan_seconds_1e6": planned, "plan_peak_mib": peak, "submit_seconds_1e4": submitted}
+    return {
+        "plan_seconds_1e6": planned,
+        "plan_peak_mib": peak,
+        "submit_seconds_1e4": submitted,
+        "submit_peak_mib": peak_memory_MiB(),
+    }
 
 
 def peak_memory_MiB() -> float:
@@ -221,8 +230,10 @@ class Round:
         for task in tasks:
             where = self.stage.task(task)
             where.path.mkdir(parents=True, exist_ok=True)
-            for name in ("lock", "journal-0001.jsonl", "labels.h5", "shard.json", "failures.json"):
+            for name in ("lock", "journal-0001.jsonl", "labels.h5", "failures.json"):
                 (where.path / name).write_text("{}")
+            keys = [key_of(task * num_items + item) for item in range(num_items)]
+            (where.path / "shard.json").write_text(json.dumps({"labels": keys, "relaxations": []}))
             where.run(1).write_text(mark)
             where.result.write_text(result)
             for suffix in ("log.out", "log.err", "result.pkl"):
@@ -299,10 +310,7 @@ def measure_collection(work: Round, num_items: int) -> dict[str, float]:
 
 
 def measure_label_task(work: Round, num_items: int) -> dict[str, float]:
-    """What one of the label tasks does besides labelling: read its share, and look for labels that are there already."""
-    from hpcft.stages.sharing import numbers_of
-    from hpcft.storage.structures import read_structures
-
+    """What a label task of the next round does besides labelling: read its share, look for labels that are there already."""
     campaign = Campaign.model_validate(work.folder.read_identity()["config"])
     context = StageContext(work.folder, campaign, 1, "label")
     payload = context.plan()[7]
@@ -310,27 +318,13 @@ def measure_label_task(work: Round, num_items: int) -> dict[str, float]:
     share = list(numbers_of(payload["frames"]))
     found = {"task_read_seconds": median_seconds(lambda: read_structures(selected, share))}
     store = LabelStore(work.folder.labels)
-    for task in range(len(context.plan())):
-        shard = work.stage.task(task).path
-        shard.mkdir(parents=True, exist_ok=True)
-        keys = [f"{task * num_items + item:064x}" for item in range(num_items)]
-        (shard / "shard.json").write_text(json.dumps({"labels": keys, "relaxations": []}))
-    with fsync_for_free():
-        for task in range(len(context.plan())):
-            store.register(work.stage.task(task).path)
-    wanted = [f"{10**9 + item:064x}" for item in range(num_items)]
-    return found | {"store_find_seconds_1e4_shards": seconds(lambda: store.find(wanted))}
+    wanted = [key_of(10**9 + item) for item in range(num_items)]
+    return found | {"store_find_seconds": median_seconds(lambda: store.find(wanted))}
 
 
-@contextlib.contextmanager
-def fsync_for_free() -> Iterator[None]:
-    """For preparations that nobody times."""
-    before = os.fsync
-    os.fsync = lambda descriptor: None
-    try:
-        yield
-    finally:
-        os.fsync = before
+def key_of(number: int) -> str:
+    """As scattered as the keys of items, which are hashes too."""
+    return hashlib.sha256(str(number).encode()).hexdigest()
 
 
 def measure_large_round(base: Path, items: int = ITEMS, tasks: int = TASKS) -> dict[str, float]:
@@ -342,6 +336,134 @@ def measure_large_round(base: Path, items: int = ITEMS, tasks: int = TASKS) -> d
         work = Round(folder, slurm)
         found |= measure_steps(work, items // tasks)
         found |= measure_status(work)
-        found |= measure_label_task(work, items // tasks)
         found |= measure_collection(work, items // tasks)
+        found |= measure_label_task(work, items // tasks)
     return found
+
+
+# ---- stages on a real Slurm ----------------------------------------------------------------------------------------
+
+# What each of hpcft's jobs does before its first own line: Slurm, srun, Python, submitit.
+EMPTY_JOB = """#!/bin/sh
+#SBATCH --ntasks=1 --output={out}
+srun {python} -u -c 'import numpy, submitit.core._submit, time; print(time.time())'
+"""
+
+
+@contextlib.contextmanager
+def single_host_slurm() -> Iterator[None]:
+    """The cluster of this shell, or one that ends with this."""
+    if os.environ.get("HPCFT_SLURM_DIR"):
+        yield
+        return
+    scripts, before = REPOSITORY / "tests" / "slurm" / "cluster", dict(os.environ)
+    # Not in TMPDIR, which may be long: a Unix socket's path has at most 107 bytes.
+    home = Path(tempfile.mkdtemp(prefix="hpcft.", dir="/tmp"))
+    try:
+        # To a file: a daemon that kept a pipe open would keep us waiting for its end.
+        with (home / "start.log").open("w") as log:
+            subprocess.run(
+                [scripts / "up", home], check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        words = shlex.split((home / "env").read_text(), comments=True)
+        os.environ.update(word.split("=", 1) for word in words if word != "export")
+        yield
+    finally:
+        subprocess.run([scripts / "down", home], check=False)
+        os.environ.clear()
+        os.environ.update(before)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def measure_gaps(base: Path) -> dict[str, float]:
+    """From the last result of each stage to the first execution of the next, and what an empty job needs meanwhile."""
+    sys.path.insert(0, str(REPOSITORY / "tests"))
+    from tiny import hpcft, write_campaign
+
+    campaign, root = write_campaign(base / "inputs"), base / "tiny"
+    site = REPOSITORY / "site-configs" / "test-cluster.yaml"
+    results: dict[Path, float] = {}  # by stage: packing removes the files
+    with (base / "log").open("w") as log, ThreadPoolExecutor(1) as aside:
+        manager = hpcft("run", campaign, "--dir", root, "--site", site, cwd=base, output=log)
+        empty = [aside.submit(empty_job_seconds, base)]
+        while manager.poll() is None:
+            for path in root.glob("round-*/*/outcomes/*.result.json"):
+                with contextlib.suppress(FileNotFoundError):
+                    stage = path.parent.parent
+                    results[stage] = max(results.get(stage, 0.0), path.stat().st_mtime)
+            if empty[-1].done():
+                empty.append(aside.submit(empty_job_seconds, base, pause_s=10.0))
+            time.sleep(0.02)
+    if manager.returncode:
+        raise SystemExit(
+            f"the campaign ended with exit code {manager.returncode}:\n{(base / 'log').read_text()}"
+        )
+    folder = CampaignFolder(root)
+    stages = [folder.stage(record.round, record.name) for record in read_records(folder).stages]
+    gaps = [first_execution(after) - results[before.path] for before, after in pairwise(stages)]
+    latency = statistics.median(job.result() for job in empty)
+    return {
+        "stage_gap_seconds": statistics.median(gaps) - latency,
+        "stage_gap_seconds_longest": max(gaps) - latency,
+        "stage_gap_seconds_raw": statistics.median(gaps),
+        "empty_job_seconds": latency,
+        "num_stage_gaps": len(gaps),
+    }
+
+
+def first_execution(stage: StageFolder) -> float:
+    with zipfile.ZipFile(stage.history) as archive:
+        marks = [name for name in archive.namelist() if ".run-" in name]
+        return min(float(json.loads(archive.read(name))["at"]) for name in marks)
+
+
+def empty_job_seconds(base: Path, pause_s: float = 0.0) -> float:
+    """After a pause: from sbatch to the first line of Python in a job that does nothing else."""
+    time.sleep(pause_s)
+    out = base / "empty.out"
+    out.unlink(missing_ok=True)
+    (base / "empty.sh").write_text(EMPTY_JOB.format(out=out, python=shlex.quote(sys.executable)))
+    start = time.time()
+    subprocess.run(["sbatch", "--wait", base / "empty.sh"], check=True, stdout=subprocess.DEVNULL)
+    return float(out.read_text().split()[-1]) - start
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+AIMS = {
+    "plan_seconds_1e6": "10",
+    "plan_peak_mib": "477 (500 MB)",
+    "status_seconds": "1",
+    "status_seconds_slurm_down": "1",
+    "step_seconds": "1",
+    "step_seconds_5000_ended": "1",
+    "scheduler_calls_per_step": "2",
+    "stage_gap_seconds": "10",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--without-slurm", action="store_true", help="leave out what needs a real Slurm")
+    options = parser.parse_args()
+    found: dict[str, float | None] = {}
+    with tempfile.TemporaryDirectory(prefix="hpcft-manager-") as base:
+        found |= measure_large_round(Path(base) / "simulated")
+        found["stage_gap_seconds"] = None
+        if not options.without_slurm:
+            with single_host_slurm():
+                found |= measure_gaps(Path(base))
+    if options.json:
+        print(json.dumps(found))
+        return
+    table = Table("what", "figure", "at most")
+    for name, value in found.items():
+        table.add_row(name, "not measured" if value is None else f"{value:.3g}", AIMS.get(name, ""))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -175,10 +175,10 @@ class Scheduler:
             recorded = _tasks_by_job(attempt.job_ids or {})
             for job in mine:
                 for task in recorded.get(job.job_id, ()):
-                    if job.is_over:
-                        over[task] = job
-                    else:
+                    if not job.is_over:
                         alive[task] = QueuedTask(job.job_id, job.is_running, job.reason, job.node)
+                    elif stage.latest_attempt(task) is attempt:  # Slurm shows earlier ones for a while
+                        over[task] = job
                 if job.is_held and job.job_id in recorded:
                     held.append(job.job_id)
             strays = [j for j in mine if j.job_id not in recorded and not j.is_over]
@@ -208,30 +208,34 @@ class Scheduler:
     ) -> dict[int, Ending]:
         """How the jobs of tasks that are gone have ended: as the queue still shows, or as accounting knows."""
         ended: dict[int, Ending] = {}
-        unclear: dict[int, tuple[int, str, str]] = {}
+        unclear: dict[int, Attempt] = {}
         for task in gone:
             latest = stage.latest_attempt(task)
             if latest is None or latest.job_ids is None or stage.error(task, latest.number):
                 continue
             job = over.get(task)
-            if job is None or job.state in _UNCLEAR:
-                unclear[task] = (latest.number, latest.job_ids[task], latest.job_name)
-            else:
+            if job is None or job.state in (*_UNCLEAR, "OUT_OF_MEMORY"):
+                unclear[task] = latest
+            if job is not None and job.state not in _UNCLEAR:
                 ended[task] = Ending(latest.number, _CAUSES.get(job.state, "lost"), 0.0, job.node or None)
         return ended | (self._accounted(unclear) if unclear else {})
 
-    def _accounted(self, tasks: Mapping[int, tuple[int, str, str]]) -> dict[int, Ending]:
+    def _accounted(self, attempts: Mapping[int, Attempt]) -> dict[int, Ending]:
+        """What accounting says of how these tasks ended; only it knows what memory a job got by default."""
+        ids = {task: attempt.job_ids[task] for task, attempt in attempts.items() if attempt.job_ids}
         try:
-            jobs = slurm.accounting([job_id for _, job_id, _ in tasks.values()], self._run)
+            jobs = slurm.accounting(ids.values(), self._run)
         except SchedulerUnavailable:
             return {}  # no accounting here, or not now: time will tell
         ended = {}
-        for task, (attempt, job_id, name) in tasks.items():
-            job = jobs.get(job_id)
+        for task, attempt in attempts.items():
+            job = jobs.get(ids[task])
             # The number may have been used before, by another job.
-            if job is not None and job.name == name and (cause := _cause(job)) is not None:
+            if job is not None and job.name == attempt.job_name and (cause := _cause(job)) is not None:
+                sharers = min(attempt.tasks_per_job, len(attempt.tasks))
+                memory_GB = None if job.memory_GB is None else job.memory_GB / sharers
                 ended[task] = Ending(
-                    attempt, cause, 0.0, job.node or None, f"exit code {job.exit_code}", job.memory_GB
+                    attempt.number, cause, 0.0, job.node or None, f"exit code {job.exit_code}", memory_GB
                 )
         return ended
 

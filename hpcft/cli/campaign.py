@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpcft.cli.drive import chosen_site, drive, drive_and_leave, opened, short, take_steps
+from hpcft.cli.drive import (
+    chosen_site,
+    drive,
+    drive_and_leave,
+    opened,
+    refuse_impossible,
+    short,
+    take_steps,
+)
 from hpcft.errors import LeaseHeld
 from hpcft.storage.campaign_folder import CampaignFolder
 
@@ -26,6 +34,9 @@ CampaignFolderOption = Annotated[
     Path | None,
     typer.Option("--dir", help="Campaign folder; default: runs/NAME below the current folder."),
 ]
+Check = Annotated[
+    bool, typer.Option(help="Refuse first what Slurm would not run, as `hpcft check` tells it.")
+]
 TakeOver = Annotated[
     bool, typer.Option("--take-over", help="Take the lease from a manager on a host that is gone for good.")
 ]
@@ -36,9 +47,12 @@ def run(
     site: SiteFile = None,
     directory: CampaignFolderOption = None,
     take_over: TakeOver = False,
+    check: Check = True,
 ) -> None:
     """Run a campaign to its end, or go on with it where it stands; this command stays until then."""
     folder, chosen = _made(campaign_file, site, directory, take_over)
+    if check:
+        refuse_impossible(folder, chosen)
     if drive(folder, chosen, take_over):
         _finish(folder)
 
@@ -50,6 +64,7 @@ def submit(
     site: SiteFile = None,
     directory: CampaignFolderOption = None,
     take_over: TakeOver = False,
+    check: Check = True,
 ) -> None:
     """Leave a campaign to Slurm: a small controller job follows each stage, and no process stays here."""
     resumed = campaign.is_dir()
@@ -58,6 +73,8 @@ def submit(
         chosen = chosen_site(folder, site)
     else:
         folder, chosen = _made(campaign, site, directory, take_over, detached=True)
+    if check:
+        refuse_impossible(folder, chosen)
     job = drive_and_leave(folder, chosen, take_over, resumed=resumed)
     if job is None:
         _finish(folder)
@@ -75,10 +92,13 @@ def resume(
         bool,
         typer.Option("--once", help="Do what can be done now, then return; submit nothing to wait for it."),
     ] = False,
+    check: Check = True,
 ) -> None:
     """Go on with a campaign where it stands; tasks that had been given up get new attempts."""
     folder = opened(directory)
     chosen = chosen_site(folder, site)
+    if check:
+        refuse_impossible(folder, chosen)
     if once:
         typer.echo(take_steps(folder, chosen, take_over, resumed=True))
     elif drive(folder, chosen, take_over, resumed=True):

@@ -53,6 +53,29 @@ def opened(directory: Path) -> CampaignFolder:
     return folder
 
 
+def refuse_impossible(folder: CampaignFolder, site: Site) -> None:
+    """Raises UserError for what Slurm would refuse, or, worse, take and leave waiting for ever: it is held when submitted."""
+    from hpcft.campaign.settings import campaign_of
+    from hpcft.cluster.limits import read_cluster
+    from hpcft.cluster.problems import problems
+    from hpcft.errors import SchedulerUnavailable
+
+    if site.executor != "slurm":
+        return
+    try:
+        cluster = read_cluster()
+    except SchedulerUnavailable:
+        return  # the manager will say so, and wait
+    errors = [p for p in problems(site, campaign_of(folder), cluster) if p.severity == "error"]
+    if errors:
+        lines = [f"{p.source} {p.key}: {p.what}{f'; {p.accepted}' if p.accepted else ''}" for p in errors]
+        raise UserError(
+            "nothing was submitted, for Slurm would not run it:\n  "
+            + "\n  ".join(lines)
+            + "\nShould Slurm know better, say --no-check."
+        )
+
+
 @contextlib.contextmanager
 def managing(folder: CampaignFolder, site: Site, take_over: bool, *, resumed: bool) -> Iterator[Manager]:
     """The campaign's only manager, with the lease; a controller that waits for its turn is dismissed."""

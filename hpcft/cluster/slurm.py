@@ -34,6 +34,7 @@ HOPELESS_REASONS = frozenset(
         "InvalidAccount",
         "InvalidQOS",
         "JobHeldAdmin",
+        "MaxMemPerLimit",
         "PartitionConfig",
         "PartitionInactive",
         "PartitionNodeLimit",

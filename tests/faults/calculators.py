@@ -135,3 +135,15 @@ class LicensedEMT(EMT):
         if not Path(os.environ["HPCFT_TEST_LICENCE"]).exists():
             raise RuntimeError("the licence server does not answer")
         super().calculate(atoms, properties, system_changes)
+
+
+class ObedientEMT(CountingEMT):
+    """Does what the file $HPCFT_TEST_ORDERS says: `go`, or from the Nth finished calculation on `wait N` or `break N`."""
+
+    def before(self, atoms: Atoms) -> None:
+        while (order := Path(os.environ["HPCFT_TEST_ORDERS"]).read_text().split()) != ["go"]:
+            if len(lines_of(Path(self.calls))) < int(order[1]):
+                return
+            if order[0] == "break":
+                subprocess.run(["/no/such/program"], check=True)  # as where a node lacks the code
+            time.sleep(0.02)

@@ -45,7 +45,9 @@ def has_begun_to_train(root: Path) -> bool:
     return any(root.glob("round-001/train/tasks/*/checkpoint-*.pt"))
 
 
-@pytest.mark.parametrize("moment", [has_begun_to_label, has_begun_to_train])
+@pytest.mark.parametrize(
+    "moment", [has_begun_to_label, pytest.param(has_begun_to_train, marks=pytest.mark.nightly)]
+)
 def test_a_campaign_archived_in_the_middle_of_a_stage_ends_elsewhere_as_if_it_had_never_moved(
     moment: Callable[[Path], bool], finished: Path, tmp_path: Path
 ) -> None:

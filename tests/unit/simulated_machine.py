@@ -205,6 +205,7 @@ class Machine:
                           self.tasks_per_job)  # fmt: skip
         self.change(attempts=(*self.stage.attempts, attempt))
         fate = self.draw("works", "works", "killed before", "answer lost", "killed after", "seen late", "arrives twice",
+            "loses an element",
                          "is invalid")  # fmt: skip
         if fate == "killed before":
             raise ManagerKilled
@@ -214,6 +215,8 @@ class Machine:
             )
             if fate == "arrives twice":
                 self._accept(attempt, 0.0)
+            if fate == "loses an element":
+                self._end(next(job for job in self.jobs if job.job_id == elements[-1]), "CANCELLED")
             if fate == "is invalid":
                 self.jobs = [job for job in self.jobs if job.job_id not in elements]
                 raise SubmissionRefused("Invalid qos specification")
