@@ -1,6 +1,7 @@
 # make quickstart    install, and run a campaign on this machine
 # make test          everything that a change must pass; starts a Slurm cluster on this host and stops it again
 # make test-nightly  the tests that take minutes
+# make soak          an hour of campaigns on a Slurm cluster on which everything fails at random; MINUTES=5 SIZE=small for less
 # make lint, format  style, types and layers; let ruff lay the code out
 #
 # The environment is built when it is missing or its inputs have changed.  On Linux pip takes the CUDA build of
@@ -15,7 +16,7 @@ INPUTS = setup.cfg pyproject.toml constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SHELL_SCRIPTS = find .ci jobscripts tests -type f -exec awk '/^\#!.*sh$$/ {print FILENAME} {nextfile}' {} +
 
-.PHONY: help quickstart test test-nightly lint format packages
+.PHONY: help quickstart test test-nightly soak lint format packages
 .NOTPARALLEL:
 
 help:
@@ -29,6 +30,13 @@ test: packages lint
 
 test-nightly: packages $(VENV)/.installed-test
 	tests/run -m nightly
+
+MINUTES ?= 60
+SIZE ?= large
+SEED ?= 1
+
+soak: packages $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --minutes $(MINUTES) --size $(SIZE) --seed $(SEED)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check

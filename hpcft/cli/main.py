@@ -8,7 +8,7 @@ import sys
 import typer
 
 from hpcft import __version__
-from hpcft.cli import archive, campaign, inspect, mend, model, site
+from hpcft.cli import archive, campaign, inspect, logs, mend, model, site
 from hpcft.errors import CampaignStopped, LabelError, LeaseHeld, SchedulerUnavailable, UserError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("resume")(campaign.resume)
 app.command("retry")(mend.retry)
 app.command("rewind")(mend.rewind)
 app.command("status")(campaign.status)
+app.command("logs")(logs.logs)
 app.command("cancel")(campaign.cancel)
 app.command("report")(campaign.report)
 app.command("inspect")(inspect.inspect)

@@ -17,6 +17,8 @@ HERE = str(Path(__file__).parent)
 if HERE not in sys.path:
     sys.path.insert(0, HERE)
 
+from dying_jobs import disturb, slurm_cluster, undisturbed  # noqa: F401 - fixtures
+
 
 @pytest.fixture(autouse=True)
 def calculators_importable(monkeypatch: pytest.MonkeyPatch) -> None:

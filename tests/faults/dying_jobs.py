@@ -1,7 +1,9 @@
-"""A campaign's first stages on a real Slurm whose jobs die in every way, driven by a manager inside the test."""
+"""A campaign's first stages on a real Slurm, whose jobs die in many ways while a manager inside the test drives them."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
 import secrets
@@ -10,14 +12,301 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "slurm"))
+TESTS = Path(__file__).parents[1]
+if str(TESTS) not in sys.path:
+    sys.path.insert(0, str(TESTS))
 
-from conftest import SlurmCluster  # type: ignore[attr-defined]
+from tiny import arrays_of, write_campaign
+
+DEADLINE_S = 300
+NUM_LABELS = 8  # of the reference stage of round 0
+
+# Its probe runs for a second or two in many segments, its reference labels 8 frames.
+CHANGES: dict[str, Any] = {
+    "rounds": 1,
+    "reference": {"calculator": "calculators.ObedientEMT", "time_limit_s": 3600},
+    "label": {"shards": 1, "resources": {"time_min": 5}},
+    "relaxations": {},
+    "train": {"epochs": 1, "batch_size": 2},
+    "probe": {"tasks": 1, "steps": 3000, "frames": 2, "resources": {"time_min": 5}},
+    "explore": {
+        "temperature_K": 600,
+        "timestep": 1,
+        "steps": 10,
+        "frame_every": 10,
+        "segment_frames": 10,
+    },
+    "max_attempts": 1,
+}
+
+
+def _slurm_conftest() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("slurm_conftest", TESTS / "slurm" / "conftest.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    if not hasattr(module, "slurm_cluster"):
+        spec.loader.exec_module(module)
+    return module
+
+
+SlurmCluster = _slurm_conftest().SlurmCluster
+slurm_cluster = _slurm_conftest().slurm_cluster
+
+
+def command(*argv: str) -> str:
+    """What a command prints; when it fails, an AssertionError with its own words."""
+    done = subprocess.run(argv, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, f"{argv} exited with {done.returncode}: {done.stderr}"
+    return done.stdout.strip()
+
+
+@dataclass
+class Disturbed:
+    """A campaign in the stage that a test disturbs, and the manager that drives it. `orders` is what ObedientEMT obeys."""
+
+    root: Path
+    stage: str
+    orders: Path
+    calls: Path
+    site: Any
+    manager: Any = None
+
+    @property
+    def folder(self) -> Any:
+        from hpcft.storage.campaign_folder import CampaignFolder
+
+        return CampaignFolder(self.root)
+
+    @property
+    def here(self) -> Any:
+        return self.folder.stage(0, self.stage)
+
+    def order(self, text: str) -> None:
+        """In one go, for the calculator reads it all the time."""
+        new = self.orders.with_suffix(".new")
+        new.write_text(text)
+        new.replace(self.orders)
+
+    def labels_paid(self) -> list[str]:
+        """Energies of all finished calculations, in the order in which they were paid for."""
+        return self.calls.read_text().splitlines() if self.calls.exists() else []
+
+    @contextlib.contextmanager
+    def managed(self) -> Iterator[None]:
+        """The lease and a manager, as `hpcft resume` would have them."""
+        from hpcft.cli.drive import managing
+
+        with managing(self.folder, self.site, False, resumed=False) as manager:
+            self.manager = manager
+            yield
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        """Turn after turn of the manager, until the condition holds; the deadline is one that only a hang reaches."""
+        end = time.monotonic() + DEADLINE_S
+        while not condition():
+            self.manager.step()
+            if time.monotonic() > end:
+                queue, history = command("squeue", "-l"), command("sacct", "-D")
+                pytest.fail(f"not so after {DEADLINE_S} s: {what}\n{queue}\n{history}")
+            time.sleep(0.2)
+
+    def until_finished(self) -> None:
+        self.until(self.here.product.exists, f"stage {self.stage} is finished")
+
+    def until_labels_wait(self, count: int) -> None:
+        """The reference's task has `count` labels in its journal and is at work on the next one, which waits."""
+        self.until(lambda: self.is_running() and len(self.journal()) >= count, f"{count} labels are done")
+
+    def journal(self) -> dict[int, Any]:
+        from hpcft.labelling.journal import read_journals
+
+        task = self.here.task(0).path
+        return read_journals(task) if task.exists() else {}
+
+    def job(self, attempt: int = 1, task: int = 0) -> str:
+        """Id of the job that Slurm was given for an attempt, once it is recorded."""
+        return str(json.loads(self.here.submitted(attempt).read_text())["job_ids"][str(task)])
+
+    def job_state(self, attempt: int = 1) -> str:
+        return command("squeue", "-h", "--states=all", "-o", "%T", "-j", self.job(attempt))
+
+    def is_running(self) -> bool:
+        newest = len(self.here.intents())
+        return self.here.submitted(newest).exists() and self.job_state(newest) == "RUNNING"
+
+    def mark(self, execution: int, task: int = 0) -> dict[str, Any]:
+        """What an execution of a task has said of itself when it began."""
+        return self._record(self.here.task(task).run(execution))
+
+    def ends(self) -> list[dict[str, Any]]:
+        """Recorded endings of attempts at task 0, oldest first."""
+        paths = sorted(self.here.attempts.glob("ended-*.json"))
+        packed = self.here.history
+        if packed.exists():
+            import zipfile
+
+            with zipfile.ZipFile(packed) as archive:
+                names = sorted(name for name in archive.namelist() if "/ended-" in name)
+                return [json.loads(archive.read(name))["tasks"]["0"] for name in names]
+        return [json.loads(path.read_text())["tasks"]["0"] for path in paths]
+
+    def intents(self) -> list[dict[str, Any]]:
+        """What each attempt wanted, oldest first."""
+        return self._all("-intent.json")
+
+    def runs(self, task: int = 0) -> list[dict[str, Any]]:
+        """The marks of all executions of a task."""
+        return self._all(".json", f"{task:04d}.run-")
+
+    def result(self, task: int = 0) -> dict[str, Any]:
+        return dict(self.here.read_results()[task])
+
+    def _all(self, end: str, start: str = "") -> list[dict[str, Any]]:
+        import zipfile
+
+        found: dict[str, Any] = {}
+        for folder in (self.here.attempts, self.here.outcomes):
+            for path in folder.glob(f"{start}*{end}") if folder.exists() else ():
+                found[path.name] = json.loads(path.read_text())
+        if self.here.history.exists():
+            with zipfile.ZipFile(self.here.history) as archive:
+                for name in map(Path, archive.namelist()):
+                    if name.name.startswith(start) and name.name.endswith(end):
+                        found.setdefault(name.name, json.loads(archive.read(str(name))))
+        return [found[name] for name in sorted(found)]
+
+    def _record(self, path: Path) -> dict[str, Any]:
+        return dict(json.loads(path.read_text()))
+
+
+def assert_same_data(a: Path, b: Path, stage: str) -> None:
+    """Same trajectories, frames and labels in round 0's `stage` of two campaign folders, bit for bit."""
+    where = Path("round-000") / stage / "tasks"
+    files = sorted(path.relative_to(a) for path in (a / where).glob("*/*.h5"))
+    assert files and files == sorted(path.relative_to(b) for path in (b / where).glob("*/*.h5"))
+    for name in files:
+        left, right = arrays_of(a / name), arrays_of(b / name)
+        assert left.keys() == right.keys(), name
+        for key, value in left.items():
+            equal = np.array_equal(value, right[key], equal_nan=value.dtype.kind == "f")
+            assert equal, f"{name}: {key} differs"
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process runs no more; a zombie has stopped running."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The campaign as it stands before each stage of round 0 (and at its `end`), with nothing gone wrong."""
+    from hpcft.campaign.create import open_or_create
+    from hpcft.config.campaign import load_campaign
+
+    base = tmp_path_factory.mktemp("undisturbed")
+    file = write_campaign(base / "inputs", CHANGES)
+    with pytest.MonkeyPatch.context() as patch:
+        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("HPCFT_TEST_CALLS", str(base / "calls"))
+        patch.setenv("HPCFT_TEST_ORDERS", str(base / "orders"))
+        (base / "orders").write_text("go")
+        folder = open_or_create(load_campaign(file), file, base / "campaign")
+        stages: dict[str, Path] = {}
+        for stage in ("probe", "reference"):
+            stages[stage] = base / f"before-{stage}"
+            shutil.copytree(folder.root, stages[stage])
+            _run_here(folder, stage)
+    return {**stages, "end": folder.root}
+
+
+def _run_here(folder: Any, stage: str) -> None:
+    """Plan, run and collect a stage of round 0 in this process."""
+    from hpcft.campaign.worker import run_task
+    from hpcft.cli.drive import managing
+    from hpcft.config.site import default_site
+
+    with managing(folder, default_site(), False, resumed=False) as manager:
+        manager.step()
+        where = folder.stage(0, stage)
+        tasks = list(range(len(json.loads(where.plan.read_text())["tasks"])))
+        intent = {"attempt": 1, "tasks": tasks, "job_name": "none", "at": 0.0, "needs": {}}
+        where.intent(1).write_text(json.dumps({**intent, "tasks_per_job": 1}))
+        for task in tasks:
+            assert run_task(str(folder.root), 0, stage, task, 1) == "done"
+        manager.step()
+        assert where.product.exists()
+
+
+@pytest.fixture
+def disturb(
+    slurm_cluster: Any, undisturbed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Disturbed]]:
+    """Make a copy of the campaign as it stands before a stage of round 0, for the session's cluster."""
+    yield from disturbing(slurm_cluster, undisturbed, tmp_path, monkeypatch)
+
+
+def disturbing(
+    cluster: Any, undisturbed: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Disturbed]]:
+    """As `disturb`, for any cluster. What is left of the jobs is cancelled in the end."""
+    for name, value in cluster.environment().items():
+        monkeypatch.setenv(name, value)
+    made: list[Disturbed] = []
+
+    def make(
+        stage: str, *, slurm: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None
+    ) -> Disturbed:
+        root = tmp_path / f"campaign-{len(made)}"
+        shutil.copytree(undisturbed[stage], root)
+        identity = json.loads((root / "campaign.json").read_text())
+        identity["id"] = secrets.token_hex(4)  # by which its jobs are told from those of another copy
+        _update(identity["config"], config or {})
+        (root / "campaign.json").write_text(json.dumps(identity))
+        case = Disturbed(root, stage, tmp_path / "orders", tmp_path / "calls", site_with(slurm or {}))
+        case.order("go")
+        monkeypatch.setenv("HPCFT_TEST_ORDERS", str(case.orders))
+        monkeypatch.setenv("HPCFT_TEST_CALLS", str(case.calls))
+        made.append(case)
+        return case
+
+    yield make
+    for case in made:
+        name = json.loads((case.root / "campaign.json").read_text())["id"]
+        queue = command("squeue", "--me", "-h", "-o", "%A %j").splitlines()
+        jobs = [line.split()[0] for line in queue if f"hpcft-{name}-" in line]
+        if jobs:
+            command("scancel", *jobs)
+
+
+def _update(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            _update(config[key], value)
+        else:
+            config[key] = value
+
+
+def site_with(slurm: Mapping[str, Any]) -> Any:
+    from hpcft.config.site import Site
+
+    content = {
+        "name": "dying-jobs",
+        "executor": "slurm",
+        "device": "cpu",
+        "poll_s": 0.5,
+        "slurm": {"partition": "cpu", **slurm},
+    }
+    return Site.model_validate(content)

@@ -247,7 +247,11 @@ class Machine:
         if self.draw("goes on", "goes on", "is killed") == "is killed":
             raise ManagerKilled
         attempt = next(a for a in self.stage.attempts if a.number == number)
-        self._record(number, job_ids=attempt.job_ids_of(elements))
+        job_ids = attempt.job_ids_of(elements)
+        assert job_ids == {
+            t: job.job_id for job in self.jobs if job.job_id in elements for t in job.all_tasks
+        }
+        self._record(number, job_ids=job_ids)
         if self.draw("goes on", "goes on", "is killed") == "is killed":
             raise ManagerKilled
         release(elements)
