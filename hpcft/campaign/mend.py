@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from hpcft.campaign.decide import Observation, is_open
 from hpcft.campaign.manager import reopen_failures, write_marker
 from hpcft.campaign.records import StageRecord, read_records
 from hpcft.campaign.scheduler import Scheduler
 from hpcft.campaign.settings import campaign_of
 from hpcft.config.campaign import PATIENCE_KEYS, Campaign
-from hpcft.config.validate import validate
 from hpcft.errors import SchedulerUnavailable, UserError
 from hpcft.storage.atomic import create_json_once, write_json
 from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, stages_of
@@ -110,7 +111,11 @@ def change_settings(folder: CampaignFolder, changes: Sequence[str]) -> dict[str,
             section = section[name]
         changed[".".join(path)] = (section[path[-1]], yaml.safe_load(text))
         section[path[-1]] = yaml.safe_load(text)
-    validate(Campaign, config, folder.identity)
+    try:
+        Campaign.model_validate(config)
+    except ValidationError as failure:
+        first = failure.errors(include_url=False)[0]
+        raise UserError(f"--set {'.'.join(map(str, first['loc']))}: {first['msg']}; nothing was changed") from failure
     write_json(folder.identity, identity)
     return changed
 

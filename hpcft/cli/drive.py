@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from hpcft.config.site import Site
 
 
+# For the controller job of a detached campaign that is just taking its step.
+_CONTROLLER_WAIT_S = 20.0
+
+
 class HangUp(BaseException):
     """The terminal is gone. Not an Exception: nothing on the way may take it for a failure of its own."""
 
@@ -76,6 +80,15 @@ def refuse_impossible(folder: CampaignFolder, site: Site) -> None:
         )
 
 
+def _let_controller_finish(folder: CampaignFolder) -> None:
+    """A controller job is at work for some seconds only, and what it leaves waiting can be dismissed."""
+    from hpcft.campaign.lease import holder
+
+    deadline = time.monotonic() + _CONTROLLER_WAIT_S
+    while (at_work := holder(folder.leases)) and at_work.get("job") and time.monotonic() < deadline:
+        time.sleep(0.5)
+
+
 @contextlib.contextmanager
 def managing(folder: CampaignFolder, site: Site, take_over: bool, *, resumed: bool) -> Iterator[Manager]:
     """The campaign's only manager, with the lease; a controller that waits for its turn is dismissed."""
@@ -85,6 +98,7 @@ def managing(folder: CampaignFolder, site: Site, take_over: bool, *, resumed: bo
     from hpcft.cluster.slurm import job_is_over
 
     is_slurm = site.executor == "slurm"
+    _let_controller_finish(folder)
     with lease(
         folder.leases, take_over=take_over, job_is_over=job_is_over if is_slurm else lambda job_id: False
     ):

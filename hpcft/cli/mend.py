@@ -67,7 +67,13 @@ def retry(
         changed = change_settings(folder, changes or ())
         for key, (old, new) in changed.items():
             typer.echo(f"{key}: {old} -> {new}")
-        retried = retry_tasks(folder, stage=stage, tasks=task or None, cause=cause)
+        try:
+            retried = retry_tasks(folder, stage=stage, tasks=task or None, cause=cause)
+        except UserError as nothing:
+            if not changed:
+                raise
+            typer.echo(f"no task is tried again: {nothing}")
+            return
     where = f"round {retried.stage.round}, stage {retried.stage.name}"
     if retried.tasks:
         typer.echo(f"{where}: {_listed(retried.tasks)} will be tried again")

@@ -17,6 +17,10 @@ HERE = str(Path(__file__).parent)
 if HERE not in sys.path:
     sys.path.insert(0, HERE)
 
+from slurm_campaign import campaign, campaign_on, slurm_cluster
+
+__all__ = ["campaign", "campaign_on", "slurm_cluster"]
+
 from dying_jobs import disturb, slurm_cluster, undisturbed  # noqa: F401 - fixtures
 
 

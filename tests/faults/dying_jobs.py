@@ -8,9 +8,11 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,22 +30,23 @@ if str(TESTS) not in sys.path:
 from tiny import arrays_of, write_campaign
 
 DEADLINE_S = 300
+NUM_SEGMENTS = 6  # of the probe of round 0
 NUM_LABELS = 8  # of the reference stage of round 0
 
-# Its probe runs for a second or two in many segments, its reference labels 8 frames.
+# Its probe runs for a second in six segments of five frames, its reference labels 8 frames.
 CHANGES: dict[str, Any] = {
     "rounds": 1,
     "reference": {"calculator": "calculators.ObedientEMT", "time_limit_s": 3600},
     "label": {"shards": 1, "resources": {"time_min": 5}},
     "relaxations": {},
     "train": {"epochs": 1, "batch_size": 2},
-    "probe": {"tasks": 1, "steps": 3000, "frames": 2, "resources": {"time_min": 5}},
+    "probe": {"tasks": 1, "steps": 300, "frames": 2, "resources": {"time_min": 5}},
     "explore": {
         "temperature_K": 600,
         "timestep": 1,
         "steps": 10,
         "frame_every": 10,
-        "segment_frames": 10,
+        "segment_frames": 5,
     },
     "max_attempts": 1,
 }
@@ -126,6 +129,29 @@ class Disturbed:
         """The reference's task has `count` labels in its journal and is at work on the next one, which waits."""
         self.until(lambda: self.is_running() and len(self.journal()) >= count, f"{count} labels are done")
 
+    def until_stopped_in_md(self) -> int:
+        """The probe's process stands still between two segments, or within one, after at least two; returns its pid.
+
+        A process that SIGSTOP has stopped is one that the fault hits in mid-run, however quick the machine is.
+        """
+        self.until(lambda: self.runs(), "the probe has begun")
+        pid = int(self.mark(1)["pid"])
+        end = time.monotonic() + DEADLINE_S
+        while not self.segments()[1:]:
+            assert time.monotonic() < end and not has_ended(pid), "the probe has committed no segment"
+            time.sleep(0.005)
+        os.kill(pid, signal.SIGSTOP)
+        assert not self.here.task(0).result.exists() and len(self.segments()) < NUM_SEGMENTS
+        return pid
+
+    def segments(self) -> dict[str, tuple[int, int]]:
+        """Committed segments of task 0, and what would change were one written again: inode and time."""
+        found = {}
+        for path in sorted(self.here.task(0).path.glob("segment-*.h5")):
+            with contextlib.suppress(FileNotFoundError):
+                found[path.name] = (path.stat().st_ino, path.stat().st_mtime_ns)
+        return found
+
     def journal(self) -> dict[int, Any]:
         from hpcft.labelling.journal import read_journals
 
@@ -145,19 +171,12 @@ class Disturbed:
 
     def mark(self, execution: int, task: int = 0) -> dict[str, Any]:
         """What an execution of a task has said of itself when it began."""
-        return self._record(self.here.task(task).run(execution))
+        return dict(json.loads(self.here.task(task).run(execution).read_text()))
 
-    def ends(self) -> list[dict[str, Any]]:
-        """Recorded endings of attempts at task 0, oldest first."""
-        paths = sorted(self.here.attempts.glob("ended-*.json"))
-        packed = self.here.history
-        if packed.exists():
-            import zipfile
-
-            with zipfile.ZipFile(packed) as archive:
-                names = sorted(name for name in archive.namelist() if "/ended-" in name)
-                return [json.loads(archive.read(name))["tasks"]["0"] for name in names]
-        return [json.loads(path.read_text())["tasks"]["0"] for path in paths]
+    def ends(self, task: int = 0) -> list[dict[str, Any]]:
+        """Recorded endings of attempts at a task, oldest first."""
+        found = [record["tasks"].get(str(task)) for record in self._all(".json", "ended-")]
+        return [ending for ending in found if ending is not None]
 
     def intents(self) -> list[dict[str, Any]]:
         """What each attempt wanted, oldest first."""
@@ -171,8 +190,6 @@ class Disturbed:
         return dict(self.here.read_results()[task])
 
     def _all(self, end: str, start: str = "") -> list[dict[str, Any]]:
-        import zipfile
-
         found: dict[str, Any] = {}
         for folder in (self.here.attempts, self.here.outcomes):
             for path in folder.glob(f"{start}*{end}") if folder.exists() else ():
@@ -183,9 +200,6 @@ class Disturbed:
                     if name.name.startswith(start) and name.name.endswith(end):
                         found.setdefault(name.name, json.loads(archive.read(str(name))))
         return [found[name] for name in sorted(found)]
-
-    def _record(self, path: Path) -> dict[str, Any]:
-        return dict(json.loads(path.read_text()))
 
 
 def assert_same_data(a: Path, b: Path, stage: str) -> None:
@@ -310,3 +324,40 @@ def site_with(slurm: Mapping[str, Any]) -> Any:
         "slurm": {"partition": "cpu", **slurm},
     }
     return Site.model_validate(content)
+
+
+@contextlib.contextmanager
+def hogging(node: str) -> Iterator[str]:
+    """A job of the higher tier has, or wants, the whole of a node; yields its id."""
+    wish = ["--partition=cpu", f"--nodelist={node}", "--exclusive", "--time=5", "--output=/dev/null"]
+    job = command("sbatch", "--parsable", "--job-name=hog", *wish, "--wrap=sleep 600")
+    try:
+        yield job
+    finally:
+        command("scancel", job)
+
+
+@contextlib.contextmanager
+def losing(cluster: Any, node: str, *, crash: bool) -> Iterator[None]:
+    """The node is lost, with its job steps or (`crash=False`) without them, and comes back afterwards.
+
+    That Slurm finds out by itself takes it 20 s (SlurmdTimeout): here somebody tells it.
+    """
+    cluster.down(*(["--crash"] if crash else []), node)
+    command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+    try:
+        yield
+    finally:
+        cluster.up()
+
+
+@contextlib.contextmanager
+def partition_with(name: str, **settings: str) -> Iterator[None]:
+    """A partition whose settings are other ones for a while."""
+    text = command("scontrol", "--oneliner", "show", "partition", name)
+    before = dict(word.split("=", 1) for word in text.split() if "=" in word)
+    command("scontrol", "update", f"PartitionName={name}", *(f"{k}={v}" for k, v in settings.items()))
+    try:
+        yield
+    finally:
+        command("scontrol", "update", f"PartitionName={name}", *(f"{k}={before[k]}" for k in settings))

@@ -1,65 +1,19 @@
-"""What the answers of Slurm say of a stage's tasks: which of them wait or run, and how the others have ended."""
+"""What the answers of Slurm say of a stage's tasks: which of them wait, run or are gone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from decisions import PASSING, attempt, ended, error, label
+from decisions import ended, label
+from slurm_lines import NAME, TWO, Clock, Slurm, line, new_scheduler, submitted
 
 from hpcft.campaign.decide import FoundSubmission, Observation, QueuedTask
 from hpcft.campaign.policy import Needs
-from hpcft.campaign.records import Attempt, Ending, Records
+from hpcft.campaign.records import Ending, Records
 from hpcft.campaign.scheduler import Scheduler
-from hpcft.config.campaign import Campaign
 from hpcft.config.site import Site
-from hpcft.errors import SchedulerUnavailable
-from hpcft.storage.atomic import write_json
-from hpcft.storage.campaign_folder import CampaignFolder
-
-NAME = "hpcft-0123abcd-r1-label-{}"
-SITE: dict[str, Any] = {"name": "cluster", "executor": "slurm", "slurm": {"partition": "cpu"}}
-CONFIG: dict[str, Any] = {
-    "name": "small",
-    "rounds": 1,
-    "foundation": "/nowhere/foundation.pt",
-    "structures": "/nowhere/start.extxyz",
-    "reference": {"calculator": "ase.calculators.emt.EMT"},
-    "explore": {"temperature_K": 300.0, "timestep": 1.0, "steps": 10},
-    "select": {"frames": 1},
-    "train": {"epochs": 1},
-    "probe": {"steps": 10, "frames": 1},
-}
-
-
-class Slurm:
-    """Answers squeue and sacct with the lines of the test, and remembers every command."""
-
-    def __init__(self) -> None:
-        self.queue: tuple[str, ...] = ()
-        self.accounts: tuple[str, ...] | None = None
-        self.is_down = False
-        self.commands: list[list[str]] = []
-
-    def __call__(self, argv: Sequence[str]) -> str:
-        self.commands.append(list(argv))
-        if self.is_down or (argv[0] == "sacct" and self.accounts is None):
-            raise SchedulerUnavailable(f"{argv[0]} failed: Slurm accounting storage is disabled")
-        lines = {"squeue": self.queue, "sacct": self.accounts or ()}.get(argv[0], ())
-        return "".join(f"{line}\n" for line in lines)
-
-    def asked(self, program: str) -> list[list[str]]:
-        return [command for command in self.commands if command[0] == program]
-
-
-class Clock:
-    now = 50.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -75,28 +29,6 @@ def clock() -> Clock:
 @pytest.fixture
 def scheduler(slurm: Slurm, clock: Clock, tmp_path: Path) -> Scheduler:
     return new_scheduler(slurm, clock, tmp_path)
-
-
-def new_scheduler(slurm: Slurm, clock: Clock, root: Path, **changes: Any) -> Scheduler:
-    folder = CampaignFolder(root)
-    write_json(folder.identity, {"id": "0123abcd"})
-    site = Site.model_validate({**SITE, "slurm": {**SITE["slurm"], **changes}})
-    return Scheduler(folder, Campaign.model_validate(CONFIG), site, slurm, clock)
-
-
-def submitted(number: int, *tasks: int, ids: Sequence[str] | None = None, packed: int = 1) -> Attempt:
-    """An attempt whose jobs have these ids in order; None: nobody knows of any."""
-    known = replace(
-        attempt(number, *tasks, recorded=False, tasks_per_job=packed), job_name=NAME.format(number)
-    )
-    return known if ids is None else replace(known, job_ids=known.job_ids_of(list(ids)))
-
-
-def line(job_id: str, state: str, reason: str = "None", *, number: int = 1, node: str = "") -> str:
-    return f"{job_id}|{NAME.format(number)}|{state}|{reason}|{node}"
-
-
-TWO = submitted(1, 0, 1, ids=["812_0", "812_1"])
 
 
 def test_tasks_wait_or_run_as_their_jobs_do(scheduler: Scheduler, slurm: Slurm) -> None:
@@ -173,123 +105,6 @@ def test_what_was_recorded_and_not_released_is_released(scheduler: Scheduler, sl
     slurm.queue = (line("812_0", "PENDING", "JobHeldUser"), line("812_1", "PENDING", "JobHeldUser"))
     assert scheduler.observe(label(TWO, num_tasks=2)).alive.keys() == {0, 1}
     assert slurm.asked("scontrol") == [["scontrol", "release", "812"]]
-
-
-@pytest.mark.parametrize(
-    ("state", "cause"),
-    [
-        ("TIMEOUT", "time-limit"),
-        ("DEADLINE", "time-limit"),
-        ("OUT_OF_MEMORY", "out-of-memory"),
-        ("NODE_FAIL", "node-failure"),
-        ("BOOT_FAIL", "node-failure"),
-        ("PREEMPTED", "preempted"),
-        ("CANCELLED", "cancelled"),
-        ("REVOKED", "lost"),
-    ],
-)
-def test_the_queue_still_says_how_a_job_ended(
-    state: str, cause: Any, scheduler: Scheduler, slurm: Slurm
-) -> None:
-    slurm.queue = (line("812_0", state, node="n3"), line("812_1", "RUNNING"))
-    observation = scheduler.observe(label(TWO, num_tasks=2))
-    assert observation.ended == {0: Ending(1, cause, node="n3")}
-    assert observation.gone_for_s == {0: 0.0}
-    assert observation.alive.keys() == {1}
-
-
-@pytest.mark.parametrize("state", ["FAILED", "COMPLETED"])
-def test_a_job_that_failed_or_completed_without_a_result_says_too_little(
-    state: str, scheduler: Scheduler, slurm: Slurm
-) -> None:
-    slurm.queue = (line("812_0", state), line("812_1", "RUNNING"))
-    observation = scheduler.observe(label(TWO, num_tasks=2))
-    assert (observation.ended, observation.gone_for_s) == ({}, {0: 0.0})
-
-
-def accounted(job_id: str, state: str, *, name: str = NAME.format(1), memory: str = "4G") -> tuple[str, ...]:
-    """A job and its steps as sacct lists them, of which the last one has the state of the job."""
-    return (
-        f"{job_id}|{name}|{state}|9:0|n3|{memory}",
-        f"{job_id}.batch|batch|FAILED|9:0|n3|",
-        f"{job_id}.extern|extern|COMPLETED|0:0|n3|",
-        f"{job_id}.0|python|{state.split()[0]}|0:9|n3|",
-    )
-
-
-@pytest.mark.parametrize(
-    ("state", "cause"),
-    [
-        ("FAILED", "failed"),
-        ("TIMEOUT", "time-limit"),
-        ("OUT_OF_MEMORY", "out-of-memory"),
-        ("NODE_FAIL", "node-failure"),
-        ("PREEMPTED", "preempted"),
-        ("CANCELLED by 1000", "cancelled"),
-    ],
-)
-def test_accounting_says_how_a_job_ended_that_the_queue_shows_no_more(
-    state: str, cause: Any, scheduler: Scheduler, slurm: Slurm
-) -> None:
-    slurm.queue = (line("812_1", "RUNNING"),)
-    slurm.accounts = accounted("812_0", state)
-    observation = scheduler.observe(label(TWO, num_tasks=2))
-    assert observation.ended == {0: Ending(1, cause, 0.0, "n3", "exit code 9:0", 4.0)}
-    assert slurm.asked("sacct")[0][-1] == "--jobs=812"
-
-
-def test_memory_that_ran_out_in_a_step_is_known_though_the_job_only_failed(
-    scheduler: Scheduler, slurm: Slurm
-) -> None:
-    slurm.queue = (line("812_0", "FAILED"), line("812_1", "RUNNING"))
-    slurm.accounts = (*accounted("812_0", "FAILED"), "812_0.1|python|OUT_OF_MEMORY|0:125|n3|")
-    [ending] = scheduler.observe(label(TWO, num_tasks=2)).ended.values()
-    assert ending.cause == "out-of-memory"
-
-
-@pytest.mark.parametrize("state", ["RUNNING", "PENDING", "COMPLETED", "COMPLETING", "REQUEUED"])
-def test_accounting_that_lags_behind_says_nothing(state: str, scheduler: Scheduler, slurm: Slurm) -> None:
-    slurm.queue = (line("812_1", "RUNNING"),)
-    slurm.accounts = accounted("812_0", state)
-    assert scheduler.observe(label(TWO, num_tasks=2)).ended == {}
-
-
-def test_another_job_that_had_the_number_before_is_not_taken_for_ours(
-    scheduler: Scheduler, slurm: Slurm
-) -> None:
-    slurm.queue = (line("812_1", "RUNNING"),)
-    slurm.accounts = accounted("812_0", "TIMEOUT", name="somebody-else")
-    assert scheduler.observe(label(TWO, num_tasks=2)).ended == {}
-    slurm.accounts = accounted("812_0", "TIMEOUT", name=NAME.format(2))
-    assert scheduler.observe(label(TWO, num_tasks=2)).ended == {}
-
-
-def test_accounting_is_asked_only_for_tasks_that_have_not_said_why(
-    scheduler: Scheduler, slurm: Slurm
-) -> None:
-    slurm.accounts = ()
-    said = {task: [error(1, PASSING)] for task in (0, 1)}
-    assert scheduler.observe(label(TWO, num_tasks=2, errors=said)).ended == {}
-    assert slurm.asked("sacct") == []
-
-
-def test_the_memory_that_a_job_had_is_learnt_from_accounting_where_the_queue_names_the_cause(
-    scheduler: Scheduler, slurm: Slurm
-) -> None:
-    slurm.queue = (line("812_0", "OUT_OF_MEMORY", node="n3"), line("812_1", "RUNNING"))
-    records = label(TWO, num_tasks=2)
-    assert scheduler.observe(records).ended == {0: Ending(1, "out-of-memory", node="n3")}, "no accounting"
-    slurm.accounts = accounted("812_0", "OUT_OF_MEMORY", memory="3G")
-    assert scheduler.observe(records).ended[0].memory_GB == 3.0
-
-
-@pytest.mark.parametrize(("num_tasks", "each"), [(4, 3.0), (2, 6.0)])
-def test_tasks_that_share_a_job_shared_its_memory(
-    num_tasks: int, each: float, scheduler: Scheduler, slurm: Slurm
-) -> None:
-    records = label(submitted(1, *range(num_tasks), ids=["812"], packed=4), num_tasks=num_tasks)
-    slurm.accounts = accounted("812", "OUT_OF_MEMORY", memory="12G")
-    assert {ending.memory_GB for ending in scheduler.observe(records).ended.values()} == {each}
 
 
 def test_time_since_a_job_is_gone_counts_from_the_first_look_that_missed_it(
@@ -379,6 +194,7 @@ def test_an_adopted_submission_finds_its_input_under_its_own_job_ids(
     from submitit.core.utils import DelayedSubmission
 
     adopted = submitted(7, 3, 4, 5, packed=2)
+    scheduler.folder.stage(1, "label").logs(7).mkdir(parents=True)  # as before the jobs were submitted
     scheduler.adopt(1, "label", adopted, ["900_0", "900_1"])
     logs = scheduler.folder.stage(1, "label").logs(7)
     assert sorted(path.name for path in logs.iterdir()) == ["900_0_submitted.pkl", "900_1_submitted.pkl"]
