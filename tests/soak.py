@@ -29,8 +29,8 @@ import yaml
 from tiny import CAMPAIGN, arrays_of, assert_same_results, hpcft, hpcft_to_end, write_campaign
 
 CLUSTER = Path(__file__).parent / "slurm" / "cluster"
-SIZES = {"small": (6, 6, 1), "large": (48, 64, 2)}
-"""Tasks of MD, shards of labels, rounds: some 40 tasks, and some 540."""
+SIZES = {"small": (6, 6, 1), "large": (30, 36, 1)}
+"""Tasks of MD, shards of labels, rounds: some 40 tasks, and some 200."""
 
 
 def changes(size: str) -> dict[str, Any]:
@@ -251,7 +251,8 @@ def assert_labels_paid_once(root: Path, calls: Path, deaths: int) -> int:
 def soak(base: Path, minutes: float, seed: int, size: str) -> None:
     inputs = write_campaign(base / "inputs", changes(size))
     _more_replicas(base / "inputs" / "start.extxyz", SIZES[size][0])
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent / "faults")
+    paths = [str(Path(__file__).parent / "faults"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     os.environ["HPCFT_TEST_CALLS"] = str(base / "calls-undisturbed")
     hpcft_to_end("run", inputs, "--dir", base / "undisturbed", cwd=base)
     print(f"{time.strftime('%H:%M:%S')} the undisturbed campaign is finished", flush=True)

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -214,9 +215,10 @@ def _remove_leftovers(out: Path) -> None:
     """What a killed writer of the same archive has left: it may be as large as the campaign."""
     from hpcft.cluster.local import lock_is_held
 
+    token, _, name = temporary_beside(out).name.removeprefix(TEMPORARY_PREFIX).partition("-")
+    ours = re.compile(re.escape(TEMPORARY_PREFIX) + rf"[0-9a-f]{{{len(token)}}}-{re.escape(name)}")
     for path in out.parent.iterdir():
-        is_ours = path.name.startswith(TEMPORARY_PREFIX) and path.name.endswith(f"-{out.name[:100]}")
-        if is_ours and not lock_is_held(path):
+        if ours.fullmatch(path.name) and not lock_is_held(path):
             path.unlink(missing_ok=True)
 
 

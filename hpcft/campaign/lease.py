@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from hpcft.errors import LeaseHeld
-from hpcft.storage.atomic import create_json_once, read_json, write_json
+from hpcft.storage.atomic import create_json_once, read_json, reopening, write_json
 
 
 def _newest(folder: Path) -> tuple[int, dict[str, Any] | None]:
-    while numbers := [int(path.stem) for path in folder.glob("[0-9]*.json") if path.stem.isdigit()]:
+    while numbers := [int(path.stem) for path in _files_of(folder) if path.stem.isdigit()]:
         try:
             return max(numbers), dict(read_json(folder / f"{max(numbers):06d}.json"))
         except FileNotFoundError:  # a newer one has just taken its place
             time.sleep(0.01)
     return 0, None
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return reopening(lambda: list(folder.glob("[0-9]*.json")))
 
 
 def holder(folder: Path) -> dict[str, Any] | None:
@@ -93,7 +97,7 @@ def lease(
             (folder / f"{number + 1:06d}.json").unlink()
         raise LeaseHeld(_message(winner or mine))
     if current is not None:
-        for old in folder.glob(f"{number:06d}.*"):
+        for old in reopening(lambda: list(folder.glob(f"{number:06d}.*"))):
             old.unlink(missing_ok=True)
     try:
         yield

@@ -111,14 +111,19 @@ class Manager:
         """Until it is time to ask the scheduler again, or until all tasks of the stage have a result."""
         stage = turn.records.current
         left = max(self.site.poll_interval_s, at_least_s)
+        glance_s = _GLANCE_S
         while left > 0:
-            self._sleep(min(left, _GLANCE_S))
-            left -= _GLANCE_S
+            self._sleep(min(left, glance_s))
+            left -= glance_s
             if stage is None or not stage.num_tasks:
                 return
+            start = time.monotonic()
             outcomes = self.folder.stage(stage.round, stage.name).list_outcomes()
             if len(outcomes.done | outcomes.set_aside) >= stage.num_tasks:
                 return
+            glance_s = max(
+                _GLANCE_S, 50 * (time.monotonic() - start)
+            )  # ten thousand names on a busy file system
 
     def step(self) -> Turn:
         """One turn. The scheduler is asked before the records are read, so a task that ends in between has its result.
@@ -136,8 +141,6 @@ class Manager:
             observation = Observation()
         limits = self._limits(records.current, observation) if observation.known else Limits()
         actions = decide(records, observation, now, limits)
-        if any(isinstance(action, Plan | Finish) for action in actions):
-            self._tidy_finished(records)
         unconfirmed = ""
         for action in actions:
             try:
@@ -145,10 +148,15 @@ class Manager:
             except SchedulerUnavailable as error:
                 unconfirmed = str(error)  # the next turn sees what came of it
                 break
-        return Turn(records, observation, tuple(actions), unconfirmed)
+        turn = Turn(records, observation, tuple(actions), unconfirmed)
+        if turn.is_idle or any(isinstance(action, Finish) for action in actions):
+            self._tidy_finished(
+                records
+            )  # once the next stage is under way: packing thousands of tasks takes a while
+        return turn
 
     def _tidy_finished(self, records: Records) -> None:
-        """Pack what a manager that was killed after a stage's product had left."""
+        """Pack the stages that have a product, also those that a killed manager has left."""
         for stage in records.stages:
             where = self.folder.stage(stage.round, stage.name)
             if stage.product is not None and not is_tidy(where):
@@ -222,7 +230,6 @@ class Manager:
             context = self._context(action.round, action.stage)
             tasks = len(context.plan())
             write_json(context.here.product, {**stage_named(action.stage).collect(context), "tasks": tasks})
-            tidy(context.here)
         elif isinstance(action, CancelStrays):
             self.scheduler.cancel(action.job_ids)
         elif isinstance(action, Stop):

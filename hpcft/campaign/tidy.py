@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpcft.storage.atomic import publish, read_json, temporary_beside, write_text
+from hpcft.storage.atomic import publish, read_json, reopening, temporary_beside, write_text
 from hpcft.storage.campaign_folder import StageFolder
 
 # All of it can be had again from what stays: labels are in the shards, the trained weights in the model.
@@ -19,7 +20,7 @@ _LONGEST_LOG = 2**20
 
 def tidy(stage: StageFolder) -> None:
     """Pack a stage whose product is written: safe to repeat, and to interrupt anywhere."""
-    if stage.outcomes.is_dir():
+    if not is_tidy(stage):
         if not stage.results.exists():
             write_text(stage.results, "".join(_result_lines(stage)))
         if not stage.history.exists():
@@ -65,10 +66,13 @@ def _pack(stage: StageFolder, files: list[Path]) -> None:
 
 
 def _end_of(path: Path) -> bytes:
-    with path.open("rb") as stream:
-        stream.seek(0, 2)
-        stream.seek(max(0, stream.tell() - _LONGEST_LOG))
-        return stream.read()
+    def read() -> bytes:
+        with path.open("rb") as stream:
+            stream.seek(0, 2)
+            stream.seek(max(0, stream.tell() - _LONGEST_LOG))
+            return stream.read()
+
+    return reopening(read)
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -77,11 +81,13 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _remove_tree(folder: Path) -> None:
-    """Outcomes of a job that still ends itself may appear meanwhile; then the next turn removes them."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not path.is_symlink():
-            path.rmdir()
-        else:
-            path.unlink(missing_ok=True)
-    if folder.exists():
-        folder.rmdir()
+    """All of it, or as much as can go: a job that still ends itself may write meanwhile, and NFS keeps open files.
+
+    What stays is removed when the stage is packed again.
+    """
+    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
+        with contextlib.suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            else:
+                path.unlink(missing_ok=True)

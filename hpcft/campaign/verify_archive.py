@@ -26,7 +26,7 @@ def verify_archive(path: Path) -> Verified:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 _compare(tar, stream, path, findings)
         except tarfile.TarError as error:
-            findings.add(str(path), f"is cut off, damaged, or no tar archive ({error}); {_COPY}")
+            findings.add(str(path), f"is cut off, damaged, compressed, or no tar archive ({error}); {_COPY}")
     return findings.verified()
 
 

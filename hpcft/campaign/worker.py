@@ -99,6 +99,7 @@ def _run(
             "peak_memory_MiB": _peak_memory_MiB(),
             "host": platform.node(),
             "hpcft_version": __version__,
+            "at": time.time(),
         }
         if where.run(number + 1).exists():
             return "superseded"

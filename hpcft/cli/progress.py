@@ -105,12 +105,13 @@ class Progress:
             self._rounds_shown = len(results)
 
     def _epoch(self, round_: int, stage: str) -> str:
-        """Where training stands, from the last line of its metrics."""
+        """Where training stands, from the last epoch in its metrics; a setback has a line of its own there."""
         metrics = self.folder.stage(round_, stage).task(0).path / "metrics.jsonl"
         if self._status is None or stage != "train" or not metrics.exists():
             return ""
         try:
-            row = json.loads(metrics.read_text().splitlines()[-1])
+            rows = map(json.loads, metrics.read_text().splitlines())
+            row = [row for row in rows if "loss" in row][-1]
         except (ValueError, IndexError):
             return ""
         return f" · epoch {row['epoch']:.0f}, loss {row['loss']:.4f}"

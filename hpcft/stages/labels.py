@@ -48,7 +48,9 @@ def training_labels(context: StageContext) -> list[Atoms]:
     """Every label of this round and those before it that was paid for to train on."""
     found: list[Atoms] = []
     for round_ in range(1, context.round + 1):
-        found += label_outcomes(context, "label", round_).values()
+        for number, atoms in label_outcomes(context, "label", round_).items():
+            atoms.info["origin"] = f"frame {number} of round {round_}"  # for what is said about it
+            found.append(atoms)
     return found
 
 

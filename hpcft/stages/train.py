@@ -40,7 +40,8 @@ def run(task: TaskContext) -> dict[str, Any]:
     data = _data(context, potential.cutoff, dtype)
     with process_group(task.rank, task.path, device):
         trainer = Trainer(potential, data, _settings(context), task.rank)
-        history = trainer.run(task.path, _log_to(task, trainer))
+        log = _log_to(task, trainer)
+        history = trainer.run(task.path, log, log)
     final = task.path / "model.pt"
     if task.rank.is_first:
         provenance = {
@@ -61,15 +62,15 @@ def run(task: TaskContext) -> dict[str, Any]:
     }
 
 
-def _log_to(task: TaskContext, trainer: Trainer) -> Callable[[dict[str, float]], None]:
-    """Keeps metrics.jsonl equal to the history, epoch by epoch: one line each, whatever was killed in between."""
+def _log_to(task: TaskContext, trainer: Trainer) -> Callable[[dict[str, Any]], None]:
+    """Keeps metrics.jsonl equal to the history: a line for each epoch and setback, whatever was killed in between."""
 
-    def on_epoch(row: dict[str, float]) -> None:
+    def write(row: dict[str, Any]) -> None:
         if task.rank.is_first:
-            lines = "".join(json.dumps(epoch) + "\n" for epoch in trainer.history)
+            lines = "".join(json.dumps(line) + "\n" for line in trainer.log())
             write_text(task.path / "metrics.jsonl", lines)
 
-    return on_epoch
+    return write
 
 
 def _data(context: StageContext, cutoff: float, dtype: Any) -> TrainingData:

@@ -7,10 +7,11 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hpcft.errors import UserError
 
@@ -18,6 +19,25 @@ TEMPORARY_PREFIX = ".tmp-"
 
 # What file systems without hard links, or without fsync on a folder, answer.
 _UNSUPPORTED = {errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+_STALE_TRIES, _STALE_PAUSE_S = 5, 0.1
+
+_Result = TypeVar("_Result")
+
+
+def reopening(action: Callable[[], _Result]) -> _Result:
+    """What `action` gives; tried again, within bounds, when NFS calls one of its handles stale.
+
+    The file has been replaced on the server meanwhile, so `action` must begin at the path, and may be repeated.
+    """
+    for _ in range(_STALE_TRIES - 1):
+        try:
+            return action()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        time.sleep(_STALE_PAUSE_S)
+    return action()
 
 
 def temporary_beside(path: Path) -> Path:
@@ -35,9 +55,8 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step."""
-    temporary = temporary_beside(path)
+    temporary = _filled(path, data)
     try:
-        _fill(temporary, data, path)
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -55,17 +74,12 @@ def write_json(path: Path, obj: Any) -> None:
 
 def create_json_once(path: Path, obj: Any) -> bool:
     """Write `obj` as JSON unless `path` exists; of many writers exactly one, whose file it is, gets True."""
-    temporary = temporary_beside(path)
-    try:
-        _fill(temporary, _as_json(obj), path)
-        return publish_once(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return publish_once(_filled(path, _as_json(obj)), path)
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file; UserError if it is damaged, FileNotFoundError if there is none."""
-    data = path.read_bytes()
+    data = reopening(path.read_bytes)
     try:
         return json.loads(data)
     except ValueError as error:
@@ -80,7 +94,8 @@ def publish(temporary: Path, final: Path) -> None:
     """Make a finished temporary file the durable content of `final`, in place of what was there."""
     with errors_naming(final):
         _sync(temporary)
-        temporary.replace(final)
+        ours = reopening(temporary.stat)
+        reopening(lambda: _replace(temporary, final, ours))
         _sync_folder(final.parent)
 
 
@@ -89,7 +104,7 @@ def publish_once(temporary: Path, final: Path) -> bool:
     try:
         with errors_naming(final):
             _sync(temporary)
-            published = _link(temporary, final)
+            published = reopening(lambda: _link(temporary, final))
             _sync_folder(final.parent)  # also when another published: it may have died before it came to this
         return published
     finally:
@@ -108,13 +123,32 @@ def errors_naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, reason, str(path)) from error
 
 
-def _fill(temporary: Path, data: bytes, final: Path) -> None:
-    with errors_naming(final), temporary.open("xb") as file:
-        file.write(data)
+def _filled(final: Path, data: bytes) -> Path:
+    """A temporary file for `final` with this content."""
+    return reopening(lambda: _fill(temporary_beside(final), data, final))
+
+
+def _fill(temporary: Path, data: bytes, final: Path) -> Path:
+    try:
+        with errors_naming(final), temporary.open("xb") as file:
+            file.write(data)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
 
 
 def _as_json(obj: Any) -> bytes:
     return (json.dumps(obj, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _replace(temporary: Path, final: Path, ours: os.stat_result) -> None:
+    try:
+        temporary.replace(final)
+    except FileNotFoundError:
+        # As in `_link`: the first request had been served, though its answer was lost.
+        if not final.exists() or not os.path.samestat(final.stat(), ours):
+            raise
 
 
 def _link(temporary: Path, final: Path) -> bool:
@@ -148,6 +182,10 @@ def _copy_exclusively(temporary: Path, final: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
+    reopening(lambda: _sync_once(path))
+
+
+def _sync_once(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcft.errors import UserError
-from hpcft.storage.atomic import read_json
+from hpcft.storage.atomic import read_json, reopening
 
 STAGES = ("explore", "select", "label", "train", "probe", "reference", "evaluate")
 # Round 0 has no training: it measures the bias of the foundation model itself.
@@ -24,6 +24,14 @@ RETRY_FAILURES = "retry-failures.json"
 
 def stages_of(round_: int) -> tuple[str, ...]:
     return STAGES_OF_ROUND_0 if round_ == 0 else STAGES
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Nothing where there is no folder. (A Path for each of tens of thousands, once a second, would cost more.)"""
+    try:
+        return reopening(lambda: os.listdir(folder))  # noqa: PTH208
+    except FileNotFoundError:
+        return []
 
 
 _OUTCOME = re.compile(r"(\d+)\.(result|aside|run|error)(?:-(\d+))?\.json")
@@ -67,11 +75,12 @@ class StageFolder:
         return self.attempts / f"{attempt:04d}-rejected.json"
 
     def intents(self) -> list[Path]:
-        return sorted(self.attempts.glob("*-intent.json"))
+        return sorted(self.attempts / n for n in _names_in(self.attempts) if n.endswith("-intent.json"))
 
     def endings(self) -> list[Path]:
         """How attempts ended that left no result, as the manager saw it."""
-        return sorted(self.attempts.glob("ended-*.json"))
+        names = _names_in(self.attempts)
+        return sorted(self.attempts / n for n in names if n.startswith("ended-") and n.endswith(".json"))
 
     def logs(self, attempt: int) -> Path:
         """submitit's folder of one submission: job ids may be used again, folders never."""
@@ -96,11 +105,7 @@ class StageFolder:
         done, aside = set(), set()
         errors: dict[int, list[int]] = defaultdict(list)
         runs: dict[int, int] = {}
-        try:
-            names = os.listdir(self.outcomes)  # noqa: PTH208 - tens of thousands, once a second: a Path for each costs more
-        except FileNotFoundError:
-            return Outcomes()
-        for name in names:
+        for name in _names_in(self.outcomes):
             match = _OUTCOME.fullmatch(name)
             if match is None:  # a temporary file
                 continue
@@ -123,7 +128,7 @@ class StageFolder:
     def read_results(self) -> dict[int, dict[str, Any]]:
         """The results of all tasks that are done, before and after the stage was packed."""
         if self.results.exists():
-            lines = (json.loads(line) for line in self.results.read_text().splitlines())
+            lines = (json.loads(line) for line in reopening(self.results.read_text).splitlines())
             return {line["task"]: line["result"] for line in lines if "result" in line}
         done = sorted(self.list_outcomes().done)
         return {task: dict(read_json(self.task(task).result)) for task in done}
@@ -131,7 +136,7 @@ class StageFolder:
     def read_set_aside(self) -> dict[int, str]:
         """Why tasks were given up, before and after the stage was packed."""
         if self.results.exists():
-            lines = (json.loads(line) for line in self.results.read_text().splitlines())
+            lines = (json.loads(line) for line in reopening(self.results.read_text).splitlines())
             return {line["task"]: line["set_aside"] for line in lines if "set_aside" in line}
         aside = sorted(self.list_outcomes().set_aside)
         return {task: str(read_json(self.task(task).aside)["why"]) for task in aside}

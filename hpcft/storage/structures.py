@@ -44,6 +44,10 @@ __all__ = [
 ]
 
 
+# Structures that lie further apart than this on average are read one by one.
+_SPARSE = 8
+
+
 def write_structures(
     path: Path, atoms_list: Sequence[Atoms], attributes: Mapping[str, Any] | None = None
 ) -> None:
@@ -82,13 +86,22 @@ def read_structures(path: Path, indices: slice | Sequence[int] | None = None) ->
         wanted = _resolve(indices, len(offsets) - 1, path)
         if not wanted:
             return []
-        start, stop = min(wanted), max(wanted) + 1
-        per_structure = _read_rows({name: file[name] for name in ("cell", "pbc")}, start, stop)
-        info = _read_rows(file["info"], start, stop)
-        nodes = {**file["arrays"], "numbers": file["numbers"], "positions": file["positions"]}
-        per_atom = _read_rows(nodes, offsets[start], offsets[stop])
+        # A share of every hundredth structure must not read, and hold, a hundred times its size.
+        is_dense = max(wanted) - min(wanted) < _SPARSE * len(wanted)
+        groups = [wanted] if is_dense else [[index] for index in wanted]
         missing = {decode_name(name): set(node[()].tolist()) for name, node in file["missing"].items()}
+        return [atoms for group in groups for atoms in _read_span(file, offsets, missing, group)]
 
+
+def _read_span(
+    file: Any, offsets: Sequence[int], missing: Mapping[str, set[int]], wanted: Sequence[int]
+) -> list[Atoms]:
+    """The wanted structures, out of one read of all from the first to the last of them."""
+    start, stop = min(wanted), max(wanted) + 1
+    per_structure = _read_rows({name: file[name] for name in ("cell", "pbc")}, start, stop)
+    info = _read_rows(file["info"], start, stop)
+    nodes = {**file["arrays"], "numbers": file["numbers"], "positions": file["positions"]}
+    per_atom = _read_rows(nodes, offsets[start], offsets[stop])
     structures = []
     for index in wanted:
         rows = slice(offsets[index] - offsets[start], offsets[index + 1] - offsets[start])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class Checkpoint:
     model: dict[str, Any]
     optimiser: dict[str, Any]
     history: list[dict[str, float]]
+    setbacks: list[dict[str, Any]] = field(default_factory=list)
+    """Each time that training went back to an earlier checkpoint; their number lowers the learning rate."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

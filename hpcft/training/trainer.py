@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from hpcft.training.checkpoint import Checkpoint, load_latest, save_checkpoint
 from hpcft.training.data import LabelledSet, RelaxationPair, draw, share
 from hpcft.training.loss import Counts, LabelledTerm, Objective, RelaxationTerm, Weights
 from hpcft.training.rank import Rank
+from hpcft.training.sanity import ABSURD_FORCE, NotFinite, what_to_do
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,9 @@ class TrainingData:
     relaxations: Sequence[RelaxationPair] = ()
 
 
-class NotFinite(RuntimeError):
-    """The loss became infinite or not a number; the message says in which step and on which structures."""
+# How often a training may go back to its last good checkpoint, and what each time does to its learning rate.
+MAX_SETBACKS = 3
+SETBACK_FACTOR = 0.5
 
 
 class Trainer:
@@ -79,6 +83,7 @@ class Trainer:
         self.parameters = [p for p in as_module(potential).parameters() if p.requires_grad]
         self.optimiser = torch.optim.Adam(self.parameters, lr=settings.learning_rate, amsgrad=True)
         self.history: list[dict[str, float]] = []
+        self.setbacks: list[dict[str, Any]] = []
 
     @property
     def steps_per_epoch(self) -> int:
@@ -86,19 +91,69 @@ class Trainer:
         return self.settings.steps_per_epoch or one_pass
 
     def run(
-        self, folder: Path, on_epoch: Callable[[dict[str, float]], None] | None = None
+        self,
+        folder: Path,
+        on_epoch: Callable[[dict[str, float]], None] | None = None,
+        on_setback: Callable[[dict[str, Any]], None] | None = None,
     ) -> list[dict[str, float]]:
-        """Train to the last epoch, from the newest checkpoint in `folder` if there is one; returns the history."""
-        start = self._resume(folder)
-        for epoch in range(start, self.settings.epochs):
-            row = self._epoch(epoch)
+        """Train to the last epoch, from the newest checkpoint in `folder` if there is one; returns the history.
+
+        Numbers that are none send it back to the last good checkpoint with a lower learning rate; raises NotFinite when
+        that has not helped. A run that was killed after going back finds the same numbers and goes back again.
+        """
+        epoch = self._resume(folder)
+        good = self._checkpoint(epoch)
+        while epoch < self.settings.epochs:
+            try:
+                row = self._epoch(epoch)
+            except NotFinite as error:
+                self._go_back(good, epoch, error)
+                epoch = good.epoch
+                if on_setback is not None:
+                    on_setback(self.setbacks[-1])
+                continue
+            epoch += 1
             self.history.append(row)
-            last = epoch + 1 == self.settings.epochs
-            if self.rank.is_first and (last or (epoch + 1) % self.settings.checkpoint_every_epochs == 0):
-                save_checkpoint(folder, self._checkpoint(epoch + 1))
+            if epoch == self.settings.epochs or epoch % self.settings.checkpoint_every_epochs == 0:
+                good = self._checkpoint(epoch)
+                if self.rank.is_first:
+                    save_checkpoint(folder, good)
             if on_epoch is not None:
                 on_epoch(row)
         return self.history
+
+    def log(self) -> list[dict[str, Any]]:
+        """The history, with each setback after the epoch to which it went back."""
+        rows: list[dict[str, Any]] = []
+        for epoch in range(len(self.history) + 1):
+            rows += self.history[epoch - 1 : epoch] if epoch else []
+            rows += [setback for setback in self.setbacks if setback["back_to_epoch"] == epoch]
+        return rows
+
+    def _go_back(self, good: Checkpoint, epoch: int, error: NotFinite) -> None:
+        """Take up the weights of `good` again, on a lower rate; raises NotFinite once that has been tried often enough."""
+        setbacks = self.setbacks
+        self._take(good)
+        if len(setbacks) >= MAX_SETBACKS:
+            sets = {"the labels": self.data.labels, "the replay data": self.data.replay}
+            raise NotFinite(
+                f"{error}. Going back {len(setbacks)} times, to {self._rate_factor(len(setbacks)):g} of the learning rate, "
+                f"has not helped. {what_to_do(sets)}"
+            ) from error
+        self.setbacks = [
+            *setbacks,
+            {
+                "setback": len(setbacks) + 1,
+                "in_epoch": epoch + 1,
+                "back_to_epoch": good.epoch,
+                "learning_rate_factor": self._rate_factor(len(setbacks) + 1),
+                "why": str(error),
+            },
+        ]
+
+    @staticmethod
+    def _rate_factor(num_setbacks: int) -> float:
+        return float(SETBACK_FACTOR**num_setbacks)
 
     def _resume(self, folder: Path) -> int:
         checkpoint = load_latest(folder)
@@ -113,14 +168,22 @@ class Trainer:
                 )
         if checkpoint is None:
             return 0
-        as_module(self.potential).load_state_dict(checkpoint.model)
-        self.optimiser.load_state_dict(checkpoint.optimiser)
-        self.history = list(checkpoint.history)
+        self._take(checkpoint)
         return checkpoint.epoch
 
+    def _take(self, checkpoint: Checkpoint) -> None:
+        as_module(self.potential).load_state_dict(checkpoint.model)
+        self.optimiser.load_state_dict(copy.deepcopy(checkpoint.optimiser))  # it keeps what it is given
+        self.history, self.setbacks = list(checkpoint.history), list(checkpoint.setbacks)
+
     def _checkpoint(self, epoch: int) -> Checkpoint:
+        """A copy: training goes on in the tensors themselves."""
         return Checkpoint(
-            epoch, as_module(self.potential).state_dict(), self.optimiser.state_dict(), self.history
+            epoch,
+            copy.deepcopy(as_module(self.potential).state_dict()),
+            copy.deepcopy(self.optimiser.state_dict()),
+            list(self.history),
+            list(self.setbacks),
         )
 
     def _learning_rate(self, step: int) -> float:
@@ -137,12 +200,13 @@ class Trainer:
         for step in range(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch):
             for name, value in self._step(step).items():
                 sums.setdefault(name, []).append(value)
+        self._refuse_weights(epoch)
         row = {name: float(torch.stack(values).mean()) for name, values in sums.items()}
         return {"epoch": float(epoch + 1), "learning_rate": self.optimiser.param_groups[0]["lr"], **row}
 
     def _step(self, step: int) -> dict[str, Tensor]:
         for group in self.optimiser.param_groups:
-            group["lr"] = self._learning_rate(step)
+            group["lr"] = self._learning_rate(step) * self._rate_factor(len(self.setbacks))
         labelled = [self._term(self.data.labels, self.settings.batch_size, step, 1.0, "labels", 0)]
         if self.settings.replay is not None and self.data.replay is not None:
             replay = self.settings.replay
@@ -150,19 +214,35 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         loss, parts = self.wrapped(labelled, self._relaxation(step))
         loss.backward()
-        parts = self._mean_over_ranks({"loss": loss.detach(), **parts})
+        clip = self.settings.gradient_clip if self.settings.gradient_clip is not None else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
+        # All ranks judge the same numbers, so that all of them go back or none does.
+        parts = self._mean_over_ranks({"loss": loss.detach(), **parts, "norm": norm})
+        norm = parts.pop("norm")
         if not torch.isfinite(parts["loss"]):
             raise NotFinite(
                 f"the loss is {float(parts['loss'])} {self._where(step)}; parts: {_numbers(parts)}"
             )
-        clip = self.settings.gradient_clip if self.settings.gradient_clip is not None else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
         if not torch.isfinite(norm):
             raise NotFinite(
                 f"the gradient's norm is {float(norm)} {self._where(step)}; parts: {_numbers(parts)}"
             )
+        self._refuse_absurd_forces(parts, step)
         self.optimiser.step()
         return parts
+
+    def _refuse_absurd_forces(self, parts: dict[str, Tensor], step: int) -> None:
+        for name in ("labels/forces", "replay/forces"):
+            if self.settings.weights.forces > 0 and name in parts and float(parts[name]) > ABSURD_FORCE**2:
+                raise NotFinite(
+                    f"the error of the forces in {name} is {math.sqrt(float(parts[name])):.3g} eV/Å {self._where(step)}"
+                )
+
+    def _refuse_weights(self, epoch: int) -> None:
+        """No checkpoint and no model ever holds weights that are not numbers."""
+        finite = torch.stack([torch.isfinite(p).all() for p in self.parameters]).all().double()
+        if float(self._mean_over_ranks({"finite": finite})["finite"]) < 1.0:
+            raise NotFinite(f"weights are not finite at the end of epoch {epoch + 1}")
 
     def _where(self, step: int) -> str:
         indices = draw(len(self.data.labels), self.settings.batch_size, step, (*self.settings.seed, 0))

@@ -13,15 +13,14 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 
-HERE = str(Path(__file__).parent)
-if HERE not in sys.path:
-    sys.path.insert(0, HERE)
+sys.path.insert(0, str(Path(__file__).parent))
 
+from dying_jobs import disturb, undisturbed, undisturbed_in_two
 from slurm_campaign import campaign, campaign_on, slurm_cluster
 
-__all__ = ["campaign", "campaign_on", "slurm_cluster"]
+__all__ = ["campaign", "campaign_on", "disturb", "slurm_cluster", "undisturbed", "undisturbed_in_two"]
 
-from dying_jobs import disturb, slurm_cluster, undisturbed  # noqa: F401 - fixtures
+HERE = str(Path(__file__).parent)
 
 
 @pytest.fixture(autouse=True)

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import secrets
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
-TESTS = Path(__file__).parents[1]
-if str(TESTS) not in sys.path:
-    sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from slurm_campaign import command
 from tiny import arrays_of, write_campaign
 
+TESTS = Path(__file__).parents[1]
 DEADLINE_S = 300
 NUM_SEGMENTS = 6  # of the probe of round 0
 NUM_LABELS = 8  # of the reference stage of round 0
@@ -50,26 +47,6 @@ CHANGES: dict[str, Any] = {
     },
     "max_attempts": 1,
 }
-
-
-def _slurm_conftest() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("slurm_conftest", TESTS / "slurm" / "conftest.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    if not hasattr(module, "slurm_cluster"):
-        spec.loader.exec_module(module)
-    return module
-
-
-SlurmCluster = _slurm_conftest().SlurmCluster
-slurm_cluster = _slurm_conftest().slurm_cluster
-
-
-def command(*argv: str) -> str:
-    """What a command prints; when it fails, an AssertionError with its own words."""
-    done = subprocess.run(argv, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, f"{argv} exited with {done.returncode}: {done.stderr}"
-    return done.stdout.strip()
 
 
 @dataclass
@@ -134,10 +111,10 @@ class Disturbed:
 
         A process that SIGSTOP has stopped is one that the fault hits in mid-run, however quick the machine is.
         """
-        self.until(lambda: self.runs(), "the probe has begun")
+        self.until(self.runs, "the probe has begun")
         pid = int(self.mark(1)["pid"])
         end = time.monotonic() + DEADLINE_S
-        while not self.segments()[1:]:
+        while len(self.segments()) < 2:
             assert time.monotonic() < end and not has_ended(pid), "the probe has committed no segment"
             time.sleep(0.005)
         os.kill(pid, signal.SIGSTOP)
@@ -152,11 +129,12 @@ class Disturbed:
                 found[path.name] = (path.stat().st_ino, path.stat().st_mtime_ns)
         return found
 
-    def journal(self) -> dict[int, Any]:
+    def journal(self, task: int = 0) -> dict[int, Any]:
+        """What a label task has finished, by item."""
         from hpcft.labelling.journal import read_journals
 
-        task = self.here.task(0).path
-        return read_journals(task) if task.exists() else {}
+        path = self.here.task(task).path
+        return read_journals(path) if path.exists() else {}
 
     def job(self, attempt: int = 1, task: int = 0) -> str:
         """Id of the job that Slurm was given for an attempt, once it is recorded."""
@@ -202,7 +180,7 @@ class Disturbed:
         return [found[name] for name in sorted(found)]
 
 
-def assert_same_data(a: Path, b: Path, stage: str) -> None:
+def assert_same_data(a: Path, b: Path, stage: str, *, but_for: str = "-") -> None:
     """Same trajectories, frames and labels in round 0's `stage` of two campaign folders, bit for bit."""
     where = Path("round-000") / stage / "tasks"
     files = sorted(path.relative_to(a) for path in (a / where).glob("*/*.h5"))
@@ -211,8 +189,21 @@ def assert_same_data(a: Path, b: Path, stage: str) -> None:
         left, right = arrays_of(a / name), arrays_of(b / name)
         assert left.keys() == right.keys(), name
         for key, value in left.items():
+            if key.endswith(but_for):
+                continue
             equal = np.array_equal(value, right[key], equal_nan=value.dtype.kind == "f")
             assert equal, f"{name}: {key} differs"
+
+
+def hpcft(*arguments: object) -> str:
+    """The output of a command that must succeed."""
+    from typer.testing import CliRunner
+
+    from hpcft.cli.main import app
+
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, (arguments, done.output, done.exception)
+    return done.output
 
 
 def has_ended(pid: int) -> bool:
@@ -226,11 +217,21 @@ def has_ended(pid: int) -> bool:
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The campaign as it stands before each stage of round 0 (and at its `end`), with nothing gone wrong."""
+    return _run_undisturbed(tmp_path_factory.mktemp("undisturbed"), CHANGES)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_in_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same with two tasks in each stage."""
+    changes = {name: {**CHANGES[name], key: 2} for name, key in (("probe", "tasks"), ("label", "shards"))}
+    return _run_undisturbed(tmp_path_factory.mktemp("undisturbed"), {**CHANGES, **changes})
+
+
+def _run_undisturbed(base: Path, changes: Mapping[str, Any]) -> dict[str, Path]:
     from hpcft.campaign.create import open_or_create
     from hpcft.config.campaign import load_campaign
 
-    base = tmp_path_factory.mktemp("undisturbed")
-    file = write_campaign(base / "inputs", CHANGES)
+    file = write_campaign(base / "inputs", changes)
     with pytest.MonkeyPatch.context() as patch:
         paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
@@ -266,30 +267,38 @@ def _run_here(folder: Any, stage: str) -> None:
 
 @pytest.fixture
 def disturb(
-    slurm_cluster: Any, undisturbed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slurm_cluster: Any, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Disturbed]]:
-    """Make a copy of the campaign as it stands before a stage of round 0, for the session's cluster."""
-    yield from disturbing(slurm_cluster, undisturbed, tmp_path, monkeypatch)
+    """Make a copy of the campaign as it stands before a stage of round 0, on the session's cluster."""
+    yield from disturbing(slurm_cluster, request, tmp_path, monkeypatch)
 
 
 def disturbing(
-    cluster: Any, undisturbed: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Disturbed]]:
-    """As `disturb`, for any cluster. What is left of the jobs is cancelled in the end."""
+    """As `disturb`, on any cluster. What is left of the jobs is cancelled in the end."""
     for name, value in cluster.environment().items():
         monkeypatch.setenv(name, value)
+    # On one host a result is there before its job is gone.
+    monkeypatch.setattr("hpcft.campaign.decide.GONE_S", 0.0)
     made: list[Disturbed] = []
 
     def make(
-        stage: str, *, slurm: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None
+        stage: str,
+        *,
+        tasks: int = 1,
+        config: Mapping[str, Any] | None = None,
+        site: Mapping[str, Any] | None = None,
+        **slurm: Any,
     ) -> Disturbed:
+        before = request.getfixturevalue("undisturbed" if tasks == 1 else "undisturbed_in_two")
         root = tmp_path / f"campaign-{len(made)}"
-        shutil.copytree(undisturbed[stage], root)
+        shutil.copytree(before[stage], root)
         identity = json.loads((root / "campaign.json").read_text())
         identity["id"] = secrets.token_hex(4)  # by which its jobs are told from those of another copy
         _update(identity["config"], config or {})
         (root / "campaign.json").write_text(json.dumps(identity))
-        case = Disturbed(root, stage, tmp_path / "orders", tmp_path / "calls", site_with(slurm or {}))
+        case = Disturbed(root, stage, tmp_path / "orders", tmp_path / "calls", _site(site or {}, slurm))
         case.order("go")
         monkeypatch.setenv("HPCFT_TEST_ORDERS", str(case.orders))
         monkeypatch.setenv("HPCFT_TEST_CALLS", str(case.calls))
@@ -313,17 +322,11 @@ def _update(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
             config[key] = value
 
 
-def site_with(slurm: Mapping[str, Any]) -> Any:
+def _site(site: Mapping[str, Any], slurm: Mapping[str, Any]) -> Any:
     from hpcft.config.site import Site
 
-    content = {
-        "name": "dying-jobs",
-        "executor": "slurm",
-        "device": "cpu",
-        "poll_s": 0.5,
-        "slurm": {"partition": "cpu", **slurm},
-    }
-    return Site.model_validate(content)
+    content = {"name": "dying-jobs", "executor": "slurm", "device": "cpu", "poll_s": 0.5, **site}
+    return Site.model_validate({**content, "slurm": {"partition": "cpu", **slurm}})
 
 
 @contextlib.contextmanager
@@ -343,7 +346,8 @@ def losing(cluster: Any, node: str, *, crash: bool) -> Iterator[None]:
 
     That Slurm finds out by itself takes it 20 s (SlurmdTimeout): here somebody tells it.
     """
-    cluster.down(*(["--crash"] if crash else []), node)
+    how = ["--crash"] if crash else []
+    command(str(TESTS / "slurm" / "cluster" / "down"), *how, str(cluster.folder), node)
     command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
     try:
         yield

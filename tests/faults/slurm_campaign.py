@@ -1,6 +1,6 @@
 """A campaign that stands before round 0's reference stage, and that a test drives turn by turn on a real Slurm.
 
-The stage has four tasks of two labels, costs no torch, and each of its calculations is written down when it is paid for.
+The stage has two tasks and eight labels, needs no torch, and each of its calculations is written down when it is paid for.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ import numpy as np
 import pytest
 
 HERE, TESTS = Path(__file__).parent, Path(__file__).parents[1]
-if str(TESTS) not in sys.path:
-    sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(TESTS))
 
 from tiny import history_of, write_campaign
 
@@ -37,8 +36,8 @@ from hpcft.cli.drive import managing
 from hpcft.config.site import Site, default_site
 from hpcft.storage.campaign_folder import CampaignFolder, StageFolder
 
-DEADLINE_S = 300
-NUM_TASKS, NUM_LABELS = 4, 8
+DEADLINE_S = 60
+NUM_TASKS, NUM_LABELS = 2, 8
 
 CHANGES: dict[str, Any] = {
     "rounds": 1,
@@ -99,8 +98,11 @@ class OnSlurm:
     def managed(self, *, resumed: bool = False) -> Iterator[Manager]:
         """The lease and a manager, as `hpcft resume` has them."""
         with managing(self.folder, self.site, False, resumed=resumed) as manager:
-            manager._clock = lambda: self.clock()
+            manager._clock = self._now
             yield manager
+
+    def _now(self) -> float:
+        return self.clock()
 
     def step_until(self, manager: Manager, condition: Callable[[], object], what: str) -> list[Turn]:
         """Turn after turn until the condition holds; the turns."""
@@ -152,7 +154,9 @@ class OnSlurm:
 
     def jobs(self, stage: str = "", states: str = "all") -> dict[str, tuple[str, str]]:
         """Name and state of this campaign's jobs, by id (an array by element), those that are over included."""
-        lines = command("squeue", "--me", "-h", "--array", f"--states={states}", "-o", "%i|%j|%T").splitlines()
+        lines = command(
+            "squeue", "--me", "-h", "--array", f"--states={states}", "-o", "%i|%j|%T"
+        ).splitlines()
         found = {line.split("|")[0]: (line.split("|")[1], line.split("|")[2]) for line in lines}
         return {job: known for job, known in found.items() if known[0].startswith(self.prefix + stage)}
 
@@ -202,7 +206,9 @@ class OnSlurm:
                 assert np.array_equal(labels[number][name], value), f"label {number}: {name} differs"
 
     def cancel_jobs(self) -> None:
-        jobs = [job for job, (_, state) in self.jobs().items() if state in ("PENDING", "RUNNING", "SUSPENDED")]
+        jobs = [
+            job for job, (_, state) in self.jobs().items() if state in ("PENDING", "RUNNING", "SUSPENDED")
+        ]
         if jobs:
             command("scancel", *jobs)
 
@@ -298,18 +304,33 @@ MakeCampaign = Callable[..., OnSlurm]
 def campaign_on(
     slurm_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[MakeCampaign]:
-    """Make the campaign for this test; keyword arguments change its site. What is left of its jobs is cancelled."""
-    for name, value in slurm_cluster.environment().items():
+    """As `campaigns_on`, on the session's cluster."""
+    with campaigns_on(slurm_cluster, tmp_path, monkeypatch) as make:
+        yield make
+
+
+@contextlib.contextmanager
+def campaigns_on(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeCampaign]:
+    """Make this test's campaign, with changes of its site; an obedient one's tasks wait while `orders` says so.
+
+    What is left of its jobs is cancelled in the end.
+    """
+    for name, value in cluster.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("HPCFT_TEST_CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("HPCFT_TEST_ORDERS", str(tmp_path / "orders"))
+    (tmp_path / "orders").write_text("go")
     made: list[OnSlurm] = []
 
-    def make(**site: Any) -> OnSlurm:
+    def make(tasks: int = NUM_TASKS, *, obedient: bool = False, **site: Any) -> OnSlurm:
         root = tmp_path / "campaign"
         shutil.copytree(_template().root, root)
-        # By its id the jobs of this copy are told from those of any other.
         identity = json.loads((root / "campaign.json").read_text())
-        (root / "campaign.json").write_text(json.dumps({**identity, "id": secrets.token_hex(4)}))
+        identity["id"] = secrets.token_hex(4)  # tells the jobs of this copy from those of any other
+        identity["config"]["label"]["shards"] = tasks
+        if obedient:
+            identity["config"]["reference"]["calculator"] = "calculators.ObedientEMT"
+        (root / "campaign.json").write_text(json.dumps(identity))
         made.append(OnSlurm(CampaignFolder(root), tmp_path, site_for(tmp_path, site)))
         return made[-1]
 
@@ -365,3 +386,15 @@ def reconfigured(cluster: Any, *lines: str) -> Iterator[None]:
         yield
     finally:
         restart(before)
+
+
+@contextlib.contextmanager
+def own_cluster() -> Iterator[Any]:
+    """A cluster for tests that would spoil that of the others."""
+    cluster = SlurmCluster(Path(tempfile.mkdtemp(prefix="hpcft.", dir="/tmp")))
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.down()
+        shutil.rmtree(cluster.folder)

@@ -64,12 +64,12 @@ def test_what_somebody_else_is_writing_there_is_not_cleared_up(
     folder: CampaignFolder, tmp_path: Path
 ) -> None:
     other = tmp_path / ".tmp-0123456789abcdef-tiny.tar"
-    unlike = tmp_path / ".tmp-0123456789abcdef-other.json"
-    unlike.write_text("a record")
+    unlike = tmp_path / ".tmp-0123456789abcdef-not-tiny.tar"
+    unlike.write_text("another archive")
     with other.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         archive.create_archive(folder, tmp_path / "tiny.tar")
-    assert names(tmp_path) == [other.name, unlike.name, "tiny.tar"]
+    assert names(tmp_path) == sorted([other.name, unlike.name, "tiny.tar"])
 
 
 def archive_command(folder: CampaignFolder, out: Path, limit: int | None = None) -> Any:

@@ -18,7 +18,9 @@ kill -STOP {pid}
 kill -CONT {pid}
 exit $code
 """
-TIMED_OUT = "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1"
+TIMED_OUT = (
+    "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation' >&2; exit 1"
+)
 
 
 def test_jobs_that_arrived_although_sbatch_timed_out_are_adopted_and_submitted_once(
@@ -33,7 +35,9 @@ def test_jobs_that_arrived_although_sbatch_timed_out_are_adopted_and_submitted_o
         assert "timed out" in turn.silence.lower()
         turns = campaign.finish_stage(manager)
     assert sum(isinstance(action, Adopt) for turn in turns for action in turn.actions) == 1
-    assert len(campaign.calls("sbatch")) == len(campaign.arrays()) == len(campaign.records("-intent.json")) == 1
+    assert (
+        len(campaign.calls("sbatch")) == len(campaign.arrays()) == len(campaign.records("-intent.json")) == 1
+    )
     campaign.assert_undisturbed()
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from dying_jobs import Disturbed, assert_same_data, command
+from dying_jobs import Disturbed, assert_same_data
+from slurm_campaign import command
 
 pytestmark = pytest.mark.slurm
 
@@ -24,6 +25,6 @@ def test_md_that_got_no_signal_before_its_end_goes_on_after_the_last_segment_tha
         after = case.segments()
         assert {name: after[name] for name in before} == before
         case.until_finished()
-    assert [ending["cause"] for ending in case.ends()] == ["failed"]
+    assert [ending["cause"] for ending in case.ends()] == ["cancelled"]
     assert [intent["attempt"] for intent in case.intents()] == [1, 2]
     assert_same_data(undisturbed["end"], case.root, "probe")

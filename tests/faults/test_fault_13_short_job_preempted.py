@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slurm
 @pytest.fixture
 def preempted_for_good(slurm_cluster: object) -> Iterator[None]:
     """Preempted jobs are cancelled here, not requeued: somebody has to decide what becomes of the task."""
-    with partition_with("preempt", PreemptMode="CANCEL"):
+    with partition_with("preempt", PreemptMode="CANCEL", GraceTime="2"):
         yield
 
 
@@ -22,7 +22,7 @@ def test_a_preempted_short_job_counts_as_preempted_and_is_submitted_again_though
     disturb: Callable[..., Disturbed], undisturbed: dict[str, Path], preempted_for_good: None
 ) -> None:
     """Guards that SIGUSR2 does not reach submitit (worker._ending_signals), and that policy.INTERRUPTIONS are no attempts."""
-    case = disturb("reference", slurm={"partition": "preempt", "options": {"nodelist": "n1"}})
+    case = disturb("reference", partition="preempt", options={"nodelist": "n1"})
     case.order("wait 3")
     with case.managed():
         assert case.manager.campaign.max_attempts == 1

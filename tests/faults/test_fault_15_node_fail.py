@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dying_jobs import Disturbed, assert_same_data, command, losing
+from dying_jobs import Disturbed, assert_same_data, losing
+from slurm_campaign import command
 
 pytestmark = pytest.mark.slurm
 
@@ -15,10 +16,10 @@ pytestmark = pytest.mark.slurm
 def test_a_task_whose_node_dies_goes_on_elsewhere_under_the_same_job_and_the_status_names_both_nodes(
     slurm_cluster: Any, disturb: Callable[..., Disturbed], undisturbed: dict[str, Path]
 ) -> None:
-    """Guards that jobs ask to be requeued (executors.slurm_parameters), and that each execution says where it runs."""
+    """Guards that a requeued job is left alone (decide), and that each execution says where it runs (worker._claim)."""
     from hpcft.campaign.status import describe
 
-    case = disturb("probe", slurm={"options": {"prefer": "cpu"}})
+    case = disturb("probe")
     with case.managed():
         case.until_stopped_in_md()
         before, node = case.segments(), case.mark(1)["node"]
@@ -35,6 +36,7 @@ def test_a_task_whose_node_dies_goes_on_elsewhere_under_the_same_job_and_the_sta
     assert_same_data(undisturbed["end"], case.root, "probe")
 
 
+@pytest.mark.nightly
 def test_a_dead_node_s_job_that_is_not_requeued_is_submitted_again_but_not_to_that_node_and_counts_as_no_attempt(
     slurm_cluster: Any, disturb: Callable[..., Disturbed], undisturbed: dict[str, Path]
 ) -> None:

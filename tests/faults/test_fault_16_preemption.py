@@ -15,7 +15,7 @@ def test_a_preempted_task_has_every_finished_label_on_disk_when_it_ends_and_goes
     disturb: Callable[..., Disturbed], undisturbed: dict[str, Path]
 ) -> None:
     """Guards that a label is durable before the next begins (Journal.append): the grace time has nothing left to save."""
-    case = disturb("reference", slurm={"partition": "preempt", "options": {"nodelist": "n1"}})
+    case = disturb("reference", partition="preempt", options={"nodelist": "n1"})
     case.order("wait 3")
     with case.managed():
         case.until_labels_wait(3)

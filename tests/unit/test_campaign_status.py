@@ -32,7 +32,7 @@ def finish(folder: CampaignFolder, *rounds: int) -> None:
     for round_ in rounds:
         for name in stages_of(round_):
             write(folder.stage(round_, name).plan, {"tasks": [{}]})
-            write(folder.stage(round_, name).product, PRODUCTS.get(name, {}))
+            write(folder.stage(round_, name).product, {**PRODUCTS.get(name, {}), "tasks": 1})
 
 
 @pytest.fixture
@@ -62,7 +62,9 @@ def test_a_new_campaign_is_idle_and_says_how_to_go_on(folder: CampaignFolder) ->
         "round": 0,
         "rounds": 1,
         "stage": "probe",
-        "tasks": {"total": 0, "done": 0, "missing": 0},
+        "tasks": {"total": 0, "done": 0, "missing": 0, "set_aside": 0},
+        "queue": None,
+        "controller": None,
         "manager": None,
         "problems": [],
         "results": [],
@@ -76,7 +78,7 @@ def test_a_campaign_with_a_manager_is_running(folder: CampaignFolder) -> None:
     with lease(folder.leases):
         state = describe(folder)
     assert state["summary"] == "small: running, round 0 of 1, stage probe, 1 of 3 tasks done"
-    assert state["tasks"] == {"total": 3, "done": 1, "missing": 2}
+    assert state["tasks"] == {"total": 3, "done": 1, "missing": 2, "set_aside": 0}
     assert state["manager"].keys() >= {"host", "pid", "at"}
     assert describe(folder)["state"] == "idle"
 

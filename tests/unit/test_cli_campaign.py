@@ -64,7 +64,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> CampaignFolder:
     for name in stages_of(0):
         folder.stage(0, name).path.mkdir(parents=True)
         write_json(folder.stage(0, name).plan, {"tasks": [{}]})
-        write_json(folder.stage(0, name).product, PRODUCTS[name])
+        write_json(folder.stage(0, name).product, {**PRODUCTS[name], "tasks": 1})
     return folder
 
 
@@ -182,7 +182,7 @@ def test_what_ctrl_c_has_ended_is_no_failed_attempt(interrupted: Interrupted) ->
     stage = read_records(folder).current
     assert stage is not None
     assert [attempt.tasks for attempt in stage.attempts] == [(0, 1)]
-    assert stage.attempts_since_resume(0) == 0
+    assert stage.resumed_after == stage.attempts[-1].number
     assert strict_json(hpcft("status", folder.root, "--json").stdout)["state"] == "idle"
 
 

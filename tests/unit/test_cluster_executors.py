@@ -4,16 +4,16 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from submitit.slurm.slurm import _make_sbatch_string
 
-from hpcft.cluster.executors import JobSpec, _visible_gpus, slurm_parameters, submit
+from hpcft.cluster.executors import JobSpec, _visible_gpus, slurm_parameters
 from hpcft.config.campaign import Resources
 from hpcft.config.site import Site
-from hpcft.errors import SchedulerUnavailable
 
 SITE: dict[str, Any] = {
     "name": "cluster",
@@ -153,71 +153,27 @@ def test_the_site_has_the_last_word_on_a_variable() -> None:
     assert [line for line in lines if "OMP_NUM" in line] == ["export OMP_NUM_THREADS=1"]
 
 
-SBATCH = """#!/bin/sh
-cp "$1" "{folder}/script"
-env > "{folder}/environment"
-{then}
-"""
+def test_packed_tasks_have_a_rank_and_memory_each_and_one_that_fails_leaves_the_others_alone() -> None:
+    packed = replace(spec(ranks=4, memory_GB=1.5, cpus_per_rank=2), are_packed=True)
+    lines = script(site(), packed)
+    options = directives(lines)
+    assert (options["ntasks-per-node"], options["cpus-per-task"], options["mem"]) == ("4", "2", "6144M")
+    assert "--kill-on-bad-exit=0" in srun(lines)
+    alone = script(site(), spec(ranks=4, memory_GB=1.5))
+    assert directives(alone)["mem"] == "1536M"
 
 
-@pytest.fixture
-def slurm_shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Puts an sbatch on PATH that keeps what it gets and then does what it is told, and an srun that only exists."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-
-    def install(then: str) -> None:
-        for name, text in {
-            "sbatch": SBATCH.format(folder=tmp_path, then=then),
-            "srun": "#!/bin/sh\n",
-        }.items():
-            (programs / name).write_text(text)
-            (programs / name).chmod(0o755)
-
-    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    return install
+def test_nodes_are_excluded_only_where_there_are_any_to_exclude() -> None:
+    assert directives(script(site(), replace(spec(), exclude=("n1", "n7"))))["exclude"] == "n1,n7"
+    assert "exclude" not in directives(script(site(), spec()))
 
 
-def test_several_elements_are_one_array_and_each_has_its_id(slurm_shim: Any, tmp_path: Path) -> None:
-    slurm_shim("echo Submitted batch job 812")
-    job = spec(folder=tmp_path / "jobs", cpus_per_rank=2)
-    assert submit(site(), job, print, [("a",), ("b",), ("c",)]) == ["812_0", "812_1", "812_2"]
-    sent = directives((tmp_path / "script").read_text().split("\n"))
-    assert sent["array"] == "0-2%3"
-    assert "hold" in sent
-    assert "wckey" not in sent
-    assert "OMP_NUM_THREADS=2" in (tmp_path / "environment").read_text().split("\n")
-    assert os.environ["OMP_NUM_THREADS"] == "7"
-    assert "MKL_NUM_THREADS" not in os.environ
-
-
-def test_a_single_element_is_a_single_job(slurm_shim: Any, tmp_path: Path) -> None:
-    slurm_shim("echo Submitted batch job 813 on cluster big")
-    assert submit(site(), spec(folder=tmp_path / "jobs"), print, [("a",)]) == ["813"]
-    assert "array" not in directives((tmp_path / "script").read_text().split("\n"))
-
-
-@pytest.mark.parametrize(
-    ("then", "words"),
-    [
-        ("echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1", "Socket timed out"),
-        (
-            "echo 'sbatch: error: Batch job submission failed: Invalid partition' >&2; exit 1",
-            "Invalid partition",
-        ),
-        ("kill -9 $$", "hpcft-0123abcd-r1-label-1"),
-        ("echo strange", "strange"),
-    ],
-)
-def test_a_submission_that_slurm_did_not_confirm_is_neither_taken_for_made_nor_for_refused(
-    then: str, words: str, slurm_shim: Any, tmp_path: Path
-) -> None:
-    slurm_shim(then)
-    with pytest.raises(SchedulerUnavailable, match=words):
-        submit(site(), spec(folder=tmp_path / "jobs"), print, [("a",), ("b",)])
-    assert os.environ["OMP_NUM_THREADS"] == "7"
+def test_a_controller_waits_for_the_jobs_before_it_instead_of_being_held_and_has_no_step() -> None:
+    lines = script(site(), replace(spec("controller"), after=("812", "815")))
+    options = directives(lines)
+    assert options["dependency"] == "afterany:812:815"
+    assert "hold" not in options
+    assert not [line for line in lines if line.startswith("srun ")]
 
 
 # In a process of its own: submitit leaves its children to themselves, which Python warns of.

@@ -29,7 +29,9 @@ def queued(*lines: str) -> list[QueuedJob]:
 def test_the_queue_is_asked_for_each_element_of_this_users_arrays() -> None:
     slurm = Slurm()
     assert queue(OURS, slurm) == []
-    assert slurm.commands == [["squeue", "--me", "--noheader", "--array", "--format=%i|%j|%T|%r"]]
+    assert slurm.commands == [
+        ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%j|%T|%r|%N"]
+    ]
 
 
 def test_single_jobs_and_elements_of_arrays_are_told_apart_by_their_ids() -> None:
@@ -66,31 +68,52 @@ def test_any_name_of_another_job_is_passed_over() -> None:
     assert queued(*strange, ours, *strange) == [QueuedJob("9", f"{OURS}r0-probe-1", "PENDING", "Priority")]
 
 
-@pytest.mark.parametrize(
-    "state",
-    ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"],
-)
-def test_a_job_that_is_over_is_not_in_the_queue(state: str) -> None:
-    assert queued(f"1|{OURS}r0-probe-1|{state}|None") == []
+def test_the_node_of_a_job_is_known_once_it_has_one() -> None:
+    lines = [f"813_0|{OURS}r1-label-1|RUNNING|None|n[3-4]", f"813_1|{OURS}r1-label-1|PENDING|Priority|"]
+    assert [(job.state, job.reason, job.node) for job in queued(*lines)] == [
+        ("RUNNING", "None", "n[3-4]"),
+        ("PENDING", "Priority", ""),
+    ]
 
 
 @pytest.mark.parametrize(
     "state",
     [
-        "PENDING",
-        "RUNNING",
-        "COMPLETING",
-        "CONFIGURING",
-        "SUSPENDED",
-        "REQUEUED",
+        "COMPLETED",
+        "FAILED",
+        "CANCELLED",
+        "TIMEOUT",
+        "NODE_FAIL",
         "PREEMPTED",
-        "STOPPED",
-        "X",
-        "",
+        "OUT_OF_MEMORY",
+        "DEADLINE",
+        "BOOT_FAIL",
+        "REVOKED",
     ],
 )
-def test_a_job_in_any_other_state_may_still_run(state: str) -> None:
-    assert [job.state for job in queued(f"1|{OURS}r0-probe-1|{state}|None")] == [state]
+def test_a_job_that_is_over_is_shown_as_such(state: str) -> None:
+    [job] = queued(f"1|{OURS}r0-probe-1|{state}|None|n1")
+    assert (job.is_over, job.is_running, job.is_held) == (True, False, False)
+
+
+@pytest.mark.parametrize(
+    ("state", "runs"),
+    [
+        ("PENDING", False),
+        ("RUNNING", True),
+        ("COMPLETING", True),
+        ("CONFIGURING", False),
+        ("SUSPENDED", True),
+        ("STOPPED", True),
+        ("REQUEUED", False),
+        ("SPECIAL_EXIT", False),
+        ("X", False),
+        ("", False),
+    ],
+)
+def test_a_job_in_any_other_state_may_still_run(state: str, runs: bool) -> None:
+    [job] = queued(f"1|{OURS}r0-probe-1|{state}|None|")
+    assert (job.state, job.is_over, job.is_running) == (state, False, runs)
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.config.campaign import Campaign
-from hpcft.errors import CampaignStopped
-from hpcft.stages.context import StageContext, TaskContext
-from hpcft.stages.label_tasks import collect_shards, run_shard, shards
+from hpcft.stages.context import StageContext
+from hpcft.stages.label_tasks import shards
 from hpcft.stages.registry import stage_named
-from hpcft.stages.sharing import share_out
+from hpcft.stages.sharing import every, numbers_of, share_out
 from hpcft.storage.atomic import write_json
 from hpcft.storage.campaign_folder import STAGES, CampaignFolder
-from hpcft.storage.structures import read_structures, write_structures
-from hpcft.training.rank import Rank
+from hpcft.storage.structures import write_structures
 
 CONFIG: dict[str, Any] = {
     "name": "small",
@@ -51,11 +49,18 @@ def test_every_frame_and_relaxation_has_one_shard_and_no_shard_two_items_more_th
     num_frames: int, num_relaxations: int, count: int
 ) -> None:
     dealt = shards(num_frames, num_relaxations, count)
-    assert sorted(i for shard in dealt for i in shard["frames"]) == list(range(num_frames))
-    assert sorted(i for shard in dealt for i in shard["relaxations"]) == list(range(num_relaxations))
-    sizes = [len(shard["frames"]) + len(shard["relaxations"]) for shard in dealt]
+    frames, relaxations = ([numbers_of(shard[kind]) for shard in dealt] for kind in ("frames", "relaxations"))
+    assert sorted(i for shard in frames for i in shard) == list(range(num_frames))
+    assert sorted(i for shard in relaxations for i in shard) == list(range(num_relaxations))
+    sizes = [len(some) + len(others) for some, others in zip(frames, relaxations, strict=True)]
     assert len(sizes) == max(1, min(count, num_frames + num_relaxations))
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_plan_of_a_million_items_is_no_longer_than_one_of_ten() -> None:
+    few, many = shards(10, 0, 4), shards(1_000_000, 0, 4)
+    assert len(json.dumps(many)) - len(json.dumps(few)) == 4 * len("00000")
+    assert sum(len(numbers_of(shard["frames"])) for shard in many) == 1_000_000
 
 
 @pytest.fixture
@@ -92,22 +97,34 @@ def plan(folder: CampaignFolder, round_: int, stage: str, **changes: Any) -> lis
     return [dict(payload) for payload in stage_named(stage).plan(context(folder, round_, stage, **changes))]
 
 
-LABEL_WITH_RELAXATIONS = [
-    {"frames": [0, 2, 4], "relaxations": [1]},
-    {"frames": [1, 3], "relaxations": [0, 2]},
-]
+def dealt(frames: int, relaxations: int) -> list[dict[str, Any]]:
+    """Frames and relaxations dealt out to two tasks in turn, the first relaxation to the second task."""
+    return [
+        {"frames": every(frames, task, 2), "relaxations": every(relaxations, 1 - task, 2)} for task in (0, 1)
+    ]
+
+
 PLANS: list[tuple[int, str, Any]] = [
     (1, "explore", [{"replicas": [0, 1]}, {"replicas": [2]}, {"replicas": [3]}]),
     (1, "select", [{}]),
-    (1, "label", LABEL_WITH_RELAXATIONS),
-    (2, "label", [{"frames": [0, 2, 4], "relaxations": []}, {"frames": [1, 3], "relaxations": []}]),
+    (1, "label", dealt(5, 3)),
+    (2, "label", dealt(5, 0)),
     (1, "train", [{}]),
     (0, "probe", [{"replicas": [0, 1], "relaxations": [0]}, {"replicas": [2, 3], "relaxations": [1]}]),
     (2, "probe", [{"replicas": [0, 1], "relaxations": [0]}, {"replicas": [2, 3], "relaxations": [1]}]),
-    (0, "reference", [{"frames": [0, 2], "relaxations": [1]}, {"frames": [1], "relaxations": [0]}]),
-    (1, "reference", [{"frames": [0, 2], "relaxations": []}, {"frames": [1], "relaxations": []}]),
+    (0, "reference", dealt(3, 2)),
+    (1, "reference", dealt(3, 0)),
     (0, "evaluate", [{}]),
 ]
+
+
+def test_a_share_is_written_as_first_stop_and_step() -> None:
+    assert dealt(5, 3) == [
+        {"frames": {"first": 0, "stop": 5, "step": 2}, "relaxations": {"first": 1, "stop": 3, "step": 2}},
+        {"frames": {"first": 1, "stop": 5, "step": 2}, "relaxations": {"first": 0, "stop": 3, "step": 2}},
+    ]
+    assert list(numbers_of(dealt(5, 3)[0]["frames"])) == [0, 2, 4]
+    assert list(numbers_of(every(0, 0, 1))) == []
 
 
 @pytest.mark.parametrize(("round_", "stage", "expected"), PLANS)
@@ -118,18 +135,23 @@ def test_a_plan_is_the_same_whenever_it_is_made_and_is_plain_json(
     assert json.loads(json.dumps(plan(folder, round_, stage))) == expected
 
 
+def shares(tasks: list[Any], kind: str) -> list[list[int]]:
+    return [list(numbers_of(task[kind])) for task in tasks]
+
+
 def test_relaxations_are_labelled_only_where_something_is_learnt_from_them(folder: CampaignFolder) -> None:
     without = plan(folder, 1, "label", train={"epochs": 1})
-    assert [shard["relaxations"] for shard in without] == [[], []]
+    assert shares(without, "relaxations") == [[], []]
     (folder.inputs / "relaxations-test.h5").unlink()
     untested = {"train": CONFIG["relaxations"]["train"]}
     assert [task["relaxations"] for task in plan(folder, 0, "probe", relaxations=untested)] == [[], []]
-    assert [task["relaxations"] for task in plan(folder, 0, "reference", relaxations=untested)] == [[], []]
+    assert shares(plan(folder, 0, "reference", relaxations=untested), "relaxations") == [[], []]
 
 
 def test_a_selection_of_nothing_still_has_a_task(folder: CampaignFolder) -> None:
     write_structures(folder.stage(2, "select").task(0).path / "selected.h5", [])
-    assert plan(folder, 2, "label") == [{"frames": [], "relaxations": []}]
+    tasks = plan(folder, 2, "label")
+    assert (shares(tasks, "frames"), shares(tasks, "relaxations")) == ([[]], [[]])
 
 
 def test_only_training_has_more_than_one_rank(folder: CampaignFolder) -> None:
@@ -175,69 +197,3 @@ def test_the_model_of_round_0_is_the_foundation_and_each_round_trains_one(folder
     here = context(folder, 2, "train")
     assert here.model(0) == folder.inputs / "foundation.model"
     assert here.model(1) == folder.stage(1, "train").path / "tasks" / "0000" / "model.pt"
-
-
-def results(folder: CampaignFolder, *counts: dict[str, Any]) -> StageContext:
-    here = context(folder, 1, "label")
-    here.here.path.mkdir(parents=True)
-    write_json(here.here.plan, {"tasks": LABEL_WITH_RELAXATIONS})
-    for index, count in enumerate(counts):
-        task = here.here.task(index)
-        task.path.mkdir(parents=True)
-        write_json(task.result, count)
-    return here
-
-
-def test_the_counts_of_all_shards_add_up(folder: CampaignFolder) -> None:
-    here = results(
-        folder,
-        {"items": 4, "done": 3, "failed": 1, "frames_done": 2, "causes": {"scf": 1}},
-        {"items": 4, "done": 3, "failed": 1, "frames_done": 1, "causes": {"crash": 1}},
-    )
-    expected = {
-        "items": 8,
-        "done": 6,
-        "failed": 2,
-        "frames_done": 3,
-        "relaxations": 3,
-        "causes": {"scf": 1, "crash": 1},
-    }
-    assert collect_shards(here) == expected
-    assert collect_shards(here) == expected
-
-
-def test_more_failures_than_are_tolerated_stop_the_campaign_with_their_causes(folder: CampaignFolder) -> None:
-    here = results(
-        folder,
-        {"items": 4, "done": 2, "failed": 2, "frames_done": 2, "causes": {"scf": 1, "crash": 1}},
-        {"items": 4, "done": 3, "failed": 1, "frames_done": 3, "causes": {"scf": 1}},
-    )
-    with pytest.raises(CampaignStopped) as caught:
-        collect_shards(here)
-    assert "3 of 8 reference calculations of round 1, stage label failed (1 x crash, 2 x scf)" in str(
-        caught.value
-    )
-    assert "label.tolerated_failures = 0.25" in str(caught.value)
-    assert str(here.here.path) in str(caught.value)
-
-
-def test_a_stage_without_anything_to_label_has_a_product(folder: CampaignFolder) -> None:
-    nothing = {"items": 0, "done": 0, "failed": 0, "frames_done": 0, "causes": {}}
-    assert collect_shards(results(folder, nothing, nothing))["items"] == 0
-
-
-def test_a_label_of_an_earlier_round_is_found_again_and_not_paid_for(folder: CampaignFolder) -> None:
-    known, new = bulk("Cu", cubic=True), bulk("Cu", cubic=True)
-    known.rattle(0.05, seed=1)
-    new.rattle(0.05, seed=2)
-    for round_, frames in ((1, [known]), (2, [new, known])):
-        here = context(folder, round_, "label")
-        here.here.task(0).path.mkdir(parents=True)
-        payload = {"frames": list(range(len(frames))), "relaxations": []}
-        result = run_shard(TaskContext(here, 0, payload, 1, Rank()), frames, "train")
-        assert (result["items"], result["done"], result["failed"]) == (len(frames), len(frames), 0)
-        assert result["frames_done"] == len(frames)
-    labels = read_structures(folder.stage(2, "label").task(0).path / "labels.h5")
-    assert [bool(atoms.info["found"]) for atoms in labels] == [False, True]
-    first = read_structures(folder.stage(1, "label").task(0).path / "labels.h5")
-    assert labels[1].info["REF_energy"] == first[0].info["REF_energy"]

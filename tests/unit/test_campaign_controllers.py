@@ -1,0 +1,156 @@
+"""Controller jobs of a detached campaign: one at a time, and none lost without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_slurm import RUNNING, Clock, FakeSlurm, install, lines, new_manager, probe, small_campaign
+
+from hpcft.campaign import controllers
+from hpcft.campaign.controllers import detached_state, dismiss_controller, lost_controller, newest_controller
+from hpcft.campaign.detached import drive_detached, require_slurm, run_controller
+from hpcft.campaign.lease import lease
+from hpcft.campaign.manager import Manager
+from hpcft.config.site import default_site
+from hpcft.errors import CampaignStopped, LeaseHeld, SchedulerUnavailable, UserError
+from hpcft.storage.campaign_folder import CampaignFolder
+
+NAME = "hpcft-0123abcd-controller-{}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[CampaignFolder]:
+    with small_campaign(tmp_path / "small") as folder:
+        yield folder
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, folder: CampaignFolder, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    return install(tmp_path, probe(folder).attempts, monkeypatch)
+
+
+@pytest.fixture
+def manager(folder: CampaignFolder, slurm: FakeSlurm) -> Manager:
+    slurm.shows(*lines(RUNNING, RUNNING))
+    return new_manager(folder, Clock())
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long after the submission."""
+    monkeypatch.setattr(controllers, "_SETTLING_S", 0.0)
+
+
+def script_of(folder: CampaignFolder, number: int) -> str:
+    [script] = (folder.controllers / f"{number:04d}-jobs").glob("*_submission.sh")
+    return script.read_text()
+
+
+def test_a_detached_campaign_leaves_its_jobs_and_a_controller_that_waits_for_all_of_them(
+    folder: CampaignFolder, manager: Manager
+) -> None:
+    assert drive_detached(manager) == "813"
+    script = script_of(folder, 1)
+    assert "#SBATCH --dependency=afterany:812\n" in script
+    assert "#SBATCH --hold" not in script
+    assert f"#SBATCH --job-name={NAME.format(1)}\n" in script
+    assert "srun" not in script  # steps may not submit jobs on some sites
+    state = detached_state(folder)
+    assert state is not None
+    assert (state["number"], state["job_id"], state["over"]) == (1, "813", None)
+
+
+def test_a_refused_controller_stops_the_campaign_with_slurms_words(
+    folder: CampaignFolder, manager: Manager, slurm: FakeSlurm
+) -> None:
+    manager.step(), manager.step()
+    slurm.fails("sbatch: error: Batch job submission failed: Invalid qos specification")
+    with pytest.raises(CampaignStopped, match="Invalid qos specification"):
+        drive_detached(manager)
+    controller = newest_controller(folder)
+    assert controller is not None
+    assert controller.over == "Slurm refused it"
+
+
+def test_a_lost_controller_is_noticed_and_a_silent_slurm_loses_nobody(
+    folder: CampaignFolder, manager: Manager, slurm: FakeSlurm, settled: None
+) -> None:
+    drive_detached(manager)
+    slurm.shows(f"813|{NAME.format(1)}|PENDING|Dependency")
+    assert lost_controller(folder) is None
+    slurm.shows(f"813|{NAME.format(1)}|CANCELLED|None")
+    assert "controller job 813 of this detached campaign is lost (CANCELLED)" in str(lost_controller(folder))
+    slurm.shows(f"813|{NAME.format(1)}|PENDING|DependencyNeverSatisfied")
+    assert "DependencyNeverSatisfied" in str(lost_controller(folder))
+    slurm.shows(f"814|{NAME.format(11)}|RUNNING|None")  # its name begins with ours
+    assert "(gone)" in str(lost_controller(folder))
+    slurm.is_down(True)
+    with pytest.raises(SchedulerUnavailable):
+        lost_controller(folder)
+
+
+def test_a_dismissed_controller_is_cancelled_and_does_nothing_should_it_start_after_all(
+    folder: CampaignFolder, manager: Manager, slurm: FakeSlurm
+) -> None:
+    drive_detached(manager)
+    slurm.log()
+    slurm.shows(f"813|{NAME.format(1)}|PENDING|Dependency")
+    dismiss_controller(folder)
+    assert slurm.commands() == ["scancel 813"]
+    assert detached_state(folder) is None
+    assert run_controller(str(folder.root), 1) == "superseded"
+
+
+def test_of_two_controllers_only_the_newest_goes_on(folder: CampaignFolder, manager: Manager) -> None:
+    drive_detached(manager)
+    drive_detached(manager)
+    assert run_controller(str(folder.root), 1) == "superseded"
+
+
+def test_old_controllers_leave_their_words_and_no_files(folder: CampaignFolder, manager: Manager) -> None:
+    drive_detached(manager)
+    (folder.controllers / "0001-jobs" / "813_0_log.out").write_text("what the first one said\n")
+    drive_detached(manager)
+    drive_detached(manager)
+    assert {path.name[:4] for path in folder.controllers.iterdir()} == {"0002", "0003"}
+    assert "what the first one said" in folder.log.read_text()
+
+
+def test_a_controller_finds_another_manager_at_work_and_leaves_it_alone(
+    folder: CampaignFolder, manager: Manager
+) -> None:
+    drive_detached(manager)
+    assert "drives this campaign already" in run_controller(str(folder.root), 1)
+    controller = newest_controller(folder)
+    assert controller is not None
+    assert "drives this campaign already" in str(controller.over)
+
+
+def test_a_campaign_on_this_machine_cannot_be_left_to_slurm() -> None:
+    with pytest.raises(UserError, match="use hpcft run"):
+        require_slurm(default_site())
+
+
+def test_a_lease_held_by_a_job_that_is_over_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setattr("socket.gethostname", lambda: "n1")
+    taken = lease(tmp_path)
+    taken.__enter__()
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    monkeypatch.setattr("socket.gethostname", lambda: "n2")
+    with pytest.raises(LeaseHeld, match=r"on n1 \(job 77\)"), lease(tmp_path, job_is_over=lambda job: False):
+        pass
+    with lease(tmp_path, job_is_over=lambda job: job == "77"):
+        pass
+
+
+def test_tasks_that_wait_for_room_are_followed_up_when_the_oldest_array_is_over(
+    folder: CampaignFolder, slurm: FakeSlurm
+) -> None:
+    manager = new_manager(folder, Clock(), max_array_size=1, max_submitted=2)
+    manager.step(), manager.step()
+    slurm.shows(*[line.replace("812_0", "812") for line in lines(RUNNING)])
+    assert drive_detached(manager) == "813"
+    assert "#SBATCH --dependency=afterany:812\n" in script_of(folder, 1)

@@ -1,0 +1,203 @@
+"""Label stages: the counts of their shards, labels found again, and what is saved of tasks that were set aside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ase import Atoms
+from ase.build import bulk
+
+from hpcft.campaign.tidy import tidy
+from hpcft.config.campaign import Campaign
+from hpcft.errors import CampaignStopped
+from hpcft.labelling.item import Item, item_key
+from hpcft.labelling.store import LabelStore
+from hpcft.stages.context import StageContext, TaskContext
+from hpcft.stages.label_tasks import collect_shards, reference_of, run_shard, shards
+from hpcft.stages.labels import label_outcomes
+from hpcft.storage.atomic import write_json
+from hpcft.storage.campaign_folder import CampaignFolder
+from hpcft.storage.structures import read_structures
+from hpcft.training.rank import Rank
+
+CONFIG: dict[str, Any] = {
+    "name": "small",
+    "seed": 3,
+    "rounds": 2,
+    "foundation": "/nowhere/foundation.pt",
+    "structures": "/nowhere/start.extxyz",
+    "reference": {"calculator": "ase.calculators.emt.EMT"},
+    "explore": {"temperature_K": 300.0, "timestep": 1.0, "steps": 10},
+    "select": {"frames": 5},
+    "label": {"shards": 2, "tolerated_failures": 0.25},
+    "train": {"epochs": 1},
+    "probe": {"steps": 10, "frames": 1},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CampaignFolder:
+    folder = CampaignFolder(tmp_path / "small")
+    folder.inputs.mkdir(parents=True)
+    write_json(folder.identity, {"name": "small", "rounds": 2, "foundation_file": "foundation.model"})
+    return folder
+
+
+def context(folder: CampaignFolder, round_: int, stage: str, **changes: Any) -> StageContext:
+    return StageContext(folder, Campaign.model_validate({**CONFIG, **changes}), round_, stage)
+
+
+def results(folder: CampaignFolder, *counts: dict[str, Any]) -> StageContext:
+    """Round 1's label stage, planned with five frames and three relaxations in two tasks, of which these are done."""
+    here = context(folder, 1, "label")
+    here.here.outcomes.mkdir(parents=True)
+    write_json(here.here.plan, {"tasks": shards(5, 3, 2)})
+    for index, count in enumerate(counts):
+        here.here.task(index).path.mkdir(parents=True)
+        write_json(here.here.task(index).result, count)
+    return here
+
+
+def set_aside(here: StageContext, index: int, why: str = "it ran out of memory") -> None:
+    here.here.outcomes.mkdir(parents=True, exist_ok=True)
+    write_json(here.here.task(index).aside, {"why": why, "at": 1.0})
+
+
+def test_the_counts_of_all_shards_add_up(folder: CampaignFolder) -> None:
+    here = results(
+        folder,
+        {"items": 4, "done": 3, "failed": 1, "frames_done": 2, "causes": {"scf": 1}},
+        {"items": 4, "done": 3, "failed": 1, "frames_done": 1, "causes": {"crash": 1}},
+    )
+    expected = {
+        "items": 8,
+        "done": 6,
+        "failed": 2,
+        "frames_done": 3,
+        "relaxations": 3,
+        "causes": {"scf": 1, "crash": 1},
+    }
+    assert collect_shards(here) == expected
+    assert collect_shards(here) == expected
+
+
+def test_more_failures_than_are_tolerated_stop_the_campaign_with_their_causes(folder: CampaignFolder) -> None:
+    here = results(
+        folder,
+        {"items": 4, "done": 2, "failed": 2, "frames_done": 2, "causes": {"scf": 1, "crash": 1}},
+        {"items": 4, "done": 3, "failed": 1, "frames_done": 3, "causes": {"scf": 1}},
+    )
+    with pytest.raises(CampaignStopped) as caught:
+        collect_shards(here)
+    assert "3 of 8 reference calculations of round 1, stage label failed (1 x crash, 2 x scf)" in str(
+        caught.value
+    )
+    assert "label.tolerated_failures = 0.25" in str(caught.value)
+    assert str(here.here.path) in str(caught.value)
+
+
+def test_a_stage_without_anything_to_label_has_a_product(folder: CampaignFolder) -> None:
+    nothing = {"items": 0, "done": 0, "failed": 0, "frames_done": 0, "causes": {}}
+    assert collect_shards(results(folder, nothing, nothing))["items"] == 0
+
+
+def copper(seed: int) -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.05, seed=seed)
+    return atoms
+
+
+def label(here: StageContext, index: int, frames: list[Atoms], payload: dict[str, Any]) -> dict[str, Any]:
+    here.here.task(index).path.mkdir(parents=True, exist_ok=True)
+    return run_shard(TaskContext(here, index, payload, 1, Rank()), frames, "train")
+
+
+def test_a_label_of_an_earlier_round_is_found_again_and_not_paid_for(folder: CampaignFolder) -> None:
+    known, new = copper(1), copper(2)
+    for round_, frames in ((1, [known]), (2, [new, known])):
+        here = context(folder, round_, "label")
+        here.here.path.mkdir(parents=True, exist_ok=True)
+        [payload] = shards(len(frames), 0, 1)
+        write_json(here.here.plan, {"tasks": [payload]})
+        result = label(here, 0, frames, payload)
+        assert (result["items"], result["done"], result["failed"]) == (len(frames), len(frames), 0)
+        assert result["frames_done"] == len(frames)
+        here.here.outcomes.mkdir(exist_ok=True)
+        write_json(here.here.task(0).result, result)
+        assert collect_shards(here)["done"] == len(frames)
+    labels = read_structures(folder.stage(2, "label").task(0).path / "labels.h5")
+    assert [bool(atoms.info["found"]) for atoms in labels] == [False, True]
+    first = read_structures(folder.stage(1, "label").task(0).path / "labels.h5")
+    assert labels[1].info["REF_energy"] == first[0].info["REF_energy"]
+
+
+TOLERANT = {"label": {"shards": 2, "tolerated_failures": 0.6}}
+
+
+def test_what_a_task_had_labelled_before_it_was_set_aside_is_kept_and_the_rest_has_failed(
+    folder: CampaignFolder,
+) -> None:
+    """Its journal holds two of three frames; it never came to publish them."""
+    here = context(folder, 1, "label", **TOLERANT)
+    here.here.path.mkdir(parents=True)
+    plan = shards(5, 0, 2)
+    write_json(here.here.plan, {"tasks": plan})
+    frames = [copper(seed) for seed in range(5)]
+    done = label(here, 1, [frames[1], frames[3]], plan[1])
+    label(here, 0, [frames[0], frames[2]], plan[0])
+    for name in ("shard.json", "labels.h5", "failures.json"):
+        (here.here.task(0).path / name).unlink()
+    set_aside(here, 0)
+    write_json(here.here.task(1).result, done)
+
+    product = collect_shards(here)
+    assert product == collect_shards(here)
+    assert (product["items"], product["done"], product["failed"]) == (5, 4, 1)
+    assert (product["frames_done"], product["causes"]) == (4, {"set-aside": 1})
+    labels = label_outcomes(here, "label")
+    assert sorted(labels) == [0, 1, 2, 3]
+    assert all((labels[i].positions == frames[i].positions).all() for i in labels)
+    store = LabelStore(folder.labels)
+    keys = [item_key(Item.single_point(frame), reference_of(here)) for frame in frames]
+    assert len(store.find(keys)) == 4, "they are not paid for again"
+
+    write_json(here.here.product, {**product, "tasks": 2})
+    tidy(here.here)
+    assert sorted(label_outcomes(here, "label")) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_a_task_that_was_set_aside_before_it_had_a_label_has_failed_with_all_its_items(
+    has_begun: bool, folder: CampaignFolder
+) -> None:
+    here = context(folder, 1, "label", **TOLERANT)
+    here.here.path.mkdir(parents=True)
+    plan = shards(5, 0, 2)
+    write_json(here.here.plan, {"tasks": plan})
+    result = label(here, 0, [copper(seed) for seed in (0, 2, 4)], plan[0])
+    set_aside(here, 1)
+    write_json(here.here.task(0).result, result)
+    if has_begun:
+        here.here.task(1).path.mkdir(parents=True)
+    product = collect_shards(here)
+    assert (product["items"], product["done"], product["failed"]) == (5, 3, 2)
+    assert sorted(label_outcomes(here, "label")) == [0, 2, 4]
+
+
+def test_tasks_that_were_set_aside_count_against_the_tolerated_failures(folder: CampaignFolder) -> None:
+    here = results(folder, {"items": 4, "done": 4, "failed": 0, "frames_done": 3, "causes": {}})
+    set_aside(here, 1)
+    with pytest.raises(CampaignStopped, match=r"4 of 8 reference calculations .* \(4 x set-aside\)"):
+        collect_shards(here)
+
+
+def test_stages_that_follow_see_only_tasks_with_a_result(folder: CampaignFolder) -> None:
+    here = results(folder, {"items": 4, "done": 4, "failed": 0, "frames_done": 3, "causes": {}})
+    set_aside(here, 1)
+    assert [task.index for task in here.tasks_of("label")] == [0]
+    write_json(here.here.product, {"tasks": 2})
+    tidy(here.here)
+    assert [task.index for task in here.tasks_of("label")] == [0]
+    assert [result["done"] for result in here.results()] == [4]
