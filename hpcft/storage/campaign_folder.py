@@ -6,10 +6,10 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hpcft.errors import UserError
 from hpcft.storage.atomic import read_json, reopening
@@ -33,6 +33,8 @@ def _names_in(folder: Path) -> list[str]:
     except FileNotFoundError:
         return []
 
+
+_Content = TypeVar("_Content")
 
 _OUTCOME = re.compile(r"(\d+)\.(result|aside|run|error)(?:-(\d+))?\.json")
 
@@ -126,20 +128,29 @@ class StageFolder:
         )
 
     def read_results(self) -> dict[int, dict[str, Any]]:
-        """The results of all tasks that are done, before and after the stage was packed."""
-        if self.results.exists():
-            lines = (json.loads(line) for line in reopening(self.results.read_text).splitlines())
-            return {line["task"]: line["result"] for line in lines if "result" in line}
-        done = sorted(self.list_outcomes().done)
-        return {task: dict(read_json(self.task(task).result)) for task in done}
+        """The results of all tasks that are done, before and after the stage was packed, and while it is."""
+        return self._read("result", lambda outcomes: outcomes.done, lambda task: dict(read_json(task.result)))
 
     def read_set_aside(self) -> dict[int, str]:
-        """Why tasks were given up, before and after the stage was packed."""
-        if self.results.exists():
-            lines = (json.loads(line) for line in reopening(self.results.read_text).splitlines())
-            return {line["task"]: line["set_aside"] for line in lines if "set_aside" in line}
-        aside = sorted(self.list_outcomes().set_aside)
-        return {task: str(read_json(self.task(task).aside)["why"]) for task in aside}
+        """Why tasks were given up, before and after the stage was packed, and while it is."""
+        return self._read(
+            "set_aside", lambda outcomes: outcomes.set_aside, lambda task: str(read_json(task.aside)["why"])
+        )
+
+    def _read(
+        self, key: str, which: Callable[[Outcomes], frozenset[int]], read: Callable[[TaskFolder], _Content]
+    ) -> dict[int, _Content]:
+        if not self.results.exists():
+            try:
+                found = {task: read(self.task(task)) for task in sorted(which(self.list_outcomes()))}
+            except FileNotFoundError:
+                if not self.results.exists():
+                    raise
+            else:
+                if not self.results.exists():  # else some may have been gone before they were listed
+                    return found
+        lines = (json.loads(line) for line in self.results.read_text().splitlines())
+        return {line["task"]: line[key] for line in lines if key in line}
 
     def task(self, index: int) -> TaskFolder:
         return TaskFolder(self.path / "tasks" / f"{index:04d}", self.outcomes / f"{index:04d}")

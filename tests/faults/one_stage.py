@@ -37,6 +37,7 @@ with managing(folder, site_of(folder), False, resumed=False) as manager:
         turn = manager.step()
         if turn.is_idle:
             time.sleep(0.2)
+    manager.step()  # packs what a killed one has left, and plans the next stage
 """
 
 

@@ -101,7 +101,11 @@ def test_a_finished_stage_is_packed_and_its_results_still_read_the_same(
     turns(manager, 2)
     finish(folder, 0, 1)
     before = probe(folder).read_results()
+    for task in (0, 1):
+        write_structures(probe(folder).task(task).path / "frames.h5", [bulk("Cu")])
     manager.step()
+    assert probe(folder).outcomes.exists()  # the next stage comes first: packing many tasks takes a while
+    turns(manager, 3)
     assert {path.name for path in probe(folder).path.iterdir()} >= {"results.jsonl", "history.zip"}
     assert not probe(folder).outcomes.exists()
     assert not probe(folder).attempts.exists()
@@ -116,7 +120,9 @@ def test_a_stage_that_a_killed_manager_left_unpacked_is_packed_by_the_next(
     write_json(probe(folder).product, {"frames": 6, "stopped": {}, "tasks": 2})
     for task in (0, 1):
         write_structures(probe(folder).task(task).path / "frames.h5", [bulk("Cu")])
-    assert new_manager(folder, clock).step().actions == (Plan(0, "reference"),)
+    successor = new_manager(folder, clock)
+    assert successor.step().actions == (Plan(0, "reference"),)
+    turns(successor, 2)
     assert not probe(folder).outcomes.exists()
     assert sorted(probe(folder).read_results()) == [0, 1]
 
