@@ -20,10 +20,8 @@ from hpcft.config.campaign import Campaign, differences
 from hpcft.errors import UserError
 from hpcft.labelling.reference import Reference, build_calculator, unknown_elements
 from hpcft.storage.atomic import write_bytes, write_json
-from hpcft.storage.campaign_folder import CampaignFolder
+from hpcft.storage.campaign_folder import FORMAT, CampaignFolder
 from hpcft.storage.structures import read_any, write_structures
-
-FORMAT = 1
 
 
 def open_or_create(

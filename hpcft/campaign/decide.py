@@ -14,6 +14,8 @@ SETTLING_S = 15.0
 # Results cross a network file system, and endings reach accounting, with a delay.
 GONE_S = 5.0
 UNEXPLAINED_S = 60.0
+# Submissions in a row that nobody confirmed and that never arrived, while Slurm answers.
+MAX_UNCONFIRMED = 20
 # After Slurm has refused one more job because there are too many.
 LIMIT_BACKOFF_S = 30.0
 
@@ -214,6 +216,14 @@ def _submissions(stage: StageRecord, observation: Observation, now: float, limit
     refused = _refusal(stage)
     if refused is not None and refused.rejected is not None and not refused.rejected.limit:
         return [Stop(f"round {stage.round}, stage {stage.name}: {refused.rejected.message}")]
+    vain = _submitted_in_vain(stage)
+    if len(vain) >= MAX_UNCONFIRMED:
+        return [
+            Stop(
+                f"round {stage.round}, stage {stage.name}: {len(vain)} submissions in a row were not confirmed and never "
+                f"arrived. {vain[-1].unconfirmed}".rstrip()
+            )
+        ]
     return _chunks(stage, wanted, busy, refused, now, limits) or [
         Wait(f"{_waiting(observation, busy)}, {len(wanted)} waiting for room")
     ]
@@ -256,6 +266,16 @@ def _never_arrived(stage: StageRecord, task: int, now: float) -> bool:
     """A submission that nobody confirmed, that is not in the queue, and that has had the time to get there."""
     latest = stage.latest_attempt(task)
     return latest is not None and latest.job_ids is None and now - latest.at >= SETTLING_S
+
+
+def _submitted_in_vain(stage: StageRecord) -> list[Attempt]:
+    """The newest submissions since the user last said to go on, as far as none of them arrived."""
+    vain: list[Attempt] = []
+    for attempt in reversed(stage.attempts):
+        if attempt.number <= stage.resumed_after or attempt.job_ids is not None or attempt.rejected:
+            break
+        vain.insert(0, attempt)
+    return vain
 
 
 def _refusal(stage: StageRecord) -> Attempt | None:

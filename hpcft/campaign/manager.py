@@ -148,6 +148,8 @@ class Manager:
             except SchedulerUnavailable as error:
                 unconfirmed = str(error)  # the next turn sees what came of it
                 break
+            except SubmissionRefused:
+                break  # it is on record; the rest of the turn would be refused as well
         turn = Turn(records, observation, tuple(actions), unconfirmed)
         if turn.is_idle or any(isinstance(action, Finish) for action in actions):
             self._tidy_finished(
@@ -266,7 +268,10 @@ class Manager:
             )
         except SubmissionRefused as refusal:
             write_json(where.rejected(action.attempt), {"limit": refusal.is_limit, "message": str(refusal)})
-            return
+            raise
+        except SchedulerUnavailable as silence:
+            write_json(where.unconfirmed(action.attempt), {"message": str(silence)})
+            raise
         self._record_jobs(where, action.attempt, elements)
         self.scheduler.release(elements)
 

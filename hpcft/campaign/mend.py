@@ -115,7 +115,9 @@ def change_settings(folder: CampaignFolder, changes: Sequence[str]) -> dict[str,
         Campaign.model_validate(config)
     except ValidationError as failure:
         first = failure.errors(include_url=False)[0]
-        raise UserError(f"--set {'.'.join(map(str, first['loc']))}: {first['msg']}; nothing was changed") from failure
+        raise UserError(
+            f"--set {'.'.join(map(str, first['loc']))}: {first['msg']}; nothing was changed"
+        ) from failure
     write_json(folder.identity, identity)
     return changed
 

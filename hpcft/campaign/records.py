@@ -61,6 +61,8 @@ class Attempt:
     job_ids: Mapping[int, str] | None
     rejected: Rejection | None = None
     tasks_per_job: int = 1
+    unconfirmed: str = ""
+    """What sbatch said when it left open whether the jobs arrived."""
 
     @property
     def num_jobs(self) -> int:
@@ -199,6 +201,7 @@ def read_attempt(stage: StageFolder, number: int) -> Attempt:
             job_ids=_read_job_ids(stage.submitted(number)),
             rejected=_read_rejection(stage.rejected(number)),
             tasks_per_job=int(content.get("tasks_per_job", 1)),
+            unconfirmed=_read_unconfirmed(stage.unconfirmed(number)),
         )
     return attempt
 
@@ -218,6 +221,14 @@ def _read_rejection(path: Path) -> Rejection | None:
         content = read_json(path)
         rejection = Rejection(bool(content["limit"]), str(content["message"]))
     return rejection
+
+
+def _read_unconfirmed(path: Path) -> str:
+    if not path.exists():
+        return ""
+    with _naming(path):
+        message = str(read_json(path)["message"])
+    return message
 
 
 def _read_errors(stage: StageFolder, outcomes: Outcomes) -> dict[int, tuple[Mapping[str, Any], ...]]:

@@ -216,7 +216,11 @@ class Scheduler:
             job = over.get(task)
             if job is None or job.state in (*_UNCLEAR, "OUT_OF_MEMORY"):
                 unclear[task] = latest
-            if job is not None and job.state not in _UNCLEAR:
+            if job is not None and job.state == "COMPLETED" and latest.number <= stage.counted_after(task):
+                # It had a result, which a user has put away to have failed labels tried again.
+                ended[task] = Ending(latest.number, "lost", 0.0, job.node or None)
+                unclear.pop(task)
+            elif job is not None and job.state not in _UNCLEAR:
                 ended[task] = Ending(latest.number, _CAUSES.get(job.state, "lost"), 0.0, job.node or None)
         return ended | (self._accounted(unclear) if unclear else {})
 

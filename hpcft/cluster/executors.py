@@ -32,7 +32,10 @@ _UNCLEAR = re.compile(
     r"timed out|contact|connect|communicat|zero bytes|temporarily|socket|shutting down|in standby|unspecified",
     re.IGNORECASE,
 )
-_TOO_MANY = re.compile(r"MaxSubmitJob|job submit limit|MaxJobCount|too many jobs", re.IGNORECASE)
+# Slurm names the limit on a line of its own, and then, whatever it was, speaks of the submit limit among others.
+_LIMIT = re.compile(r"\b(?:Assoc|QOS)[A-Z]\w*")
+_TOO_MANY = re.compile(r"Submit|MaxJobCount|too many jobs", re.IGNORECASE)
+_ANY_LIMIT = "job submit limit"
 _BAD_OPTION = re.compile(r"sbatch: (?:error: )?(?:unrecognized option|Invalid|invalid|option requires)")
 
 
@@ -87,13 +90,19 @@ def _failure(name: str, words: str) -> SubmissionRefused | SchedulerUnavailable:
     refusal = _REFUSAL.search(words)
     reason = refusal[1] if refusal else words
     if (refusal or _BAD_OPTION.search(words)) and not _UNCLEAR.search(reason):
-        return SubmissionRefused(
-            f"Slurm refuses {name}: {words.strip()}", is_limit=bool(_TOO_MANY.search(words))
-        )
+        return SubmissionRefused(f"Slurm refuses {name}: {words.strip()}", is_limit=_is_limit(words, reason))
     return SchedulerUnavailable(
         f"sbatch did not confirm the submission of {name}: {words.strip()}\nShould it have arrived all the same, it "
         "will be found in the queue: go on with hpcft resume."
     )
+
+
+def _is_limit(words: str, reason: str) -> bool:
+    """Whether there are too many jobs, so that fewer or later ones would be taken."""
+    named = _LIMIT.search(words)
+    if named is not None:
+        return bool(_TOO_MANY.search(named[0]))
+    return _ANY_LIMIT in reason or bool(_TOO_MANY.search(reason))
 
 
 def write_inputs(
@@ -173,7 +182,7 @@ def slurm_parameters(site: Site, spec: JobSpec) -> dict[str, Any]:
         "wckey": asked.wckey,
     }
     if spec.exclude:
-        parameters["exclude"] = ",".join(spec.exclude)
+        parameters["exclude"] = ",".join(filter(None, [str(additional.pop("exclude", "")), *spec.exclude]))
     if asked.gpus_per_rank:
         count = asked.gpus_per_rank * spec.ranks
         wanted = f"{asked.gpu_type}:{count}" if asked.gpu_type else count

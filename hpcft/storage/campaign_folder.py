@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 from hpcft.errors import UserError
 from hpcft.storage.atomic import read_json, reopening
 
+FORMAT = 2
+"""Layout of a campaign's folder; it changes when another version could misread it."""
+
 STAGES = ("explore", "select", "label", "train", "probe", "reference", "evaluate")
 # Round 0 has no training: it measures the bias of the foundation model itself.
 STAGES_OF_ROUND_0 = ("probe", "reference", "evaluate")
@@ -76,8 +79,13 @@ class StageFolder:
     def rejected(self, attempt: int) -> Path:
         return self.attempts / f"{attempt:04d}-rejected.json"
 
+    def unconfirmed(self, attempt: int) -> Path:
+        return self.attempts / f"{attempt:04d}-unconfirmed.json"
+
     def intents(self) -> list[Path]:
-        return sorted(self.attempts / n for n in _names_in(self.attempts) if n.endswith("-intent.json"))
+        """In the order of their numbers, of which there may be more than four digits."""
+        names = [n for n in _names_in(self.attempts) if n.endswith("-intent.json") and n[0].isdigit()]
+        return [self.attempts / n for n in sorted(names, key=lambda name: int(name.partition("-")[0]))]
 
     def endings(self) -> list[Path]:
         """How attempts ended that left no result, as the manager saw it."""
@@ -254,4 +262,10 @@ class CampaignFolder:
                 f"{self.root} is not a campaign folder (it has no campaign.json); name the folder that "
                 "`hpcft run` printed, or start one with: hpcft run CAMPAIGN.yaml"
             )
-        return dict(read_json(self.identity))
+        identity = dict(read_json(self.identity))
+        if identity.get("format", FORMAT) != FORMAT:
+            raise UserError(
+                f"{self.root} was made by hpcft {identity.get('hpcft_version')}, whose folders are laid out otherwise; go on "
+                "with that version, or start the campaign again in a new folder"
+            )
+        return identity

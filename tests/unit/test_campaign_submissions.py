@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from decisions import (
     FINAL,
@@ -18,9 +20,20 @@ from decisions import (
     submit,
 )
 
-from hpcft.campaign.decide import LIMIT_BACKOFF_S, Action, SetAside, Stop, Submit, Wait
+from hpcft.campaign.decide import (
+    LIMIT_BACKOFF_S,
+    MAX_UNCONFIRMED,
+    SETTLING_S,
+    Action,
+    Observation,
+    SetAside,
+    Stop,
+    Submit,
+    Wait,
+    decide,
+)
 from hpcft.campaign.policy import Limits
-from hpcft.campaign.records import Attempt, Records
+from hpcft.campaign.records import Attempt, Records, StageRecord
 
 ENDED = {task: ended("lost") for task in range(3)}
 
@@ -218,3 +231,18 @@ def test_every_task_is_in_one_submission_and_all_keep_to_the_limits() -> None:
                 assert [a.attempt for a in submissions] == sorted({a.attempt for a in submissions})
                 assert all(bound is None or len(a.tasks) <= bound * packed for a in submissions)
     assert NOW - records.stages[-1].attempts[0].at > LIMIT_BACKOFF_S
+
+
+def test_submissions_that_never_arrive_are_not_repeated_for_ever() -> None:
+    attempts = tuple(
+        Attempt(number, (0,), f"job-{number}", 0.0, None, unconfirmed="sbatch: error: Unspecified error")
+        for number in range(1, MAX_UNCONFIRMED + 1)
+    )
+    stage = StageRecord(1, "label", 1, attempts)
+    [stop] = decide(Records((stage,), 1), Observation(), SETTLING_S, Limits())
+    assert isinstance(stop, Stop)
+    assert "20 submissions in a row were not confirmed" in stop.why
+    assert "Unspecified error" in stop.why
+    again = replace(stage, resumed_after=MAX_UNCONFIRMED)
+    [submission] = decide(Records((again,), 1), Observation(), SETTLING_S, Limits())
+    assert isinstance(submission, Submit)

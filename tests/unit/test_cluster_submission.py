@@ -223,3 +223,26 @@ def test_jobs_that_submitit_did_not_see_submitted_get_their_input_under_their_id
     write_inputs(tmp_path, ["812_0", "812_1"], print, [("a", 1), ("b", 2)])
     read = [DelayedSubmission.load(tmp_path / f"812_{number}_submitted.pkl") for number in (0, 1)]
     assert [(job.function, job.args) for job in read] == [(print, ("a", 1)), (print, ("b", 2))]
+
+
+@pytest.mark.parametrize(
+    ("limit", "is_limit"),
+    [
+        ("QOSMaxSubmitJobPerUserLimit", True),
+        ("AssocMaxSubmitJobLimit", True),
+        ("AssocGrpSubmitJobsLimit", True),
+        ("QOSMaxWallDurationPerJobLimit", False),
+        ("QOSMaxGRESPerJob", False),
+        ("", True),
+    ],
+)
+def test_only_a_limit_on_the_number_of_jobs_is_worth_waiting_for(
+    slurm_shim: Any, tmp_path: Path, limit: str, is_limit: bool
+) -> None:
+    """Slurm's last line is the same for every limit."""
+    named = f"echo 'sbatch: error: {limit}' >&2; " if limit else ""
+    policy = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+    slurm_shim(f'{named}echo "sbatch: error: Batch job submission failed: {policy}" >&2; exit 1')
+    with pytest.raises(SubmissionRefused) as refusal:
+        submit(site(), spec(tmp_path / "jobs"), print, [(1,)])
+    assert refusal.value.is_limit is is_limit
