@@ -207,16 +207,26 @@ def _exports(variables: dict[str, str]) -> list[str]:
 
 @contextlib.contextmanager
 def _children_ignore_the_terminal() -> Iterator[None]:
-    """Ctrl-C and a hang-up reach a terminal's whole foreground group: the manager alone decides what becomes of tasks."""
+    """Ctrl-C and a hang-up reach a terminal's whole foreground group: the manager alone decides what becomes of tasks.
+
+    It hears of them when this is over, not in the middle of a submission.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    numbers, heard = (signal.SIGINT, signal.SIGHUP), list[int]()
+    # What is started here inherits the mask. A thread of ours that lacks it, as a live display has one, may be the one
+    # that the signal reaches.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    before = {number: signal.signal(number, lambda n, frame: heard.append(n)) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        for number in heard:
+            signal.raise_signal(number)  # pending, until the next line
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @contextlib.contextmanager

@@ -137,13 +137,13 @@ def test_a_rewound_stage_is_kept_aside_and_begins_again_from_its_plan(
     manager.step()
     assert current(folder).name == "reference"
     (folder.stage(0, "reference").path).mkdir()
-    before = (probe(folder).path / "results.jsonl").read_bytes()
+    before = probe(folder).product.read_bytes()
     moved = rewind(folder, 0, "probe", manager.scheduler)
     assert [path.name for path in moved] == [
         "reference",
         "probe",
     ]  # the last one first, so that a kill leaves a whole
-    assert (folder.aside / "0001/round-000/probe/results.jsonl").read_bytes() == before
+    assert (folder.aside / "0001/round-000/probe/product.json").read_bytes() == before
     assert current(folder).name == "probe"
     assert current(folder).num_tasks is None
     assert manager.step().actions[0].stage == "probe"  # type: ignore[union-attr]
