@@ -64,11 +64,12 @@ def run_task(root: str, round_: int, stage: str, index: int, attempt: int, rank:
     if task.result.exists():
         return "done already"
     _say_when_code_has_changed(where, attempt)
-    with _ending_signals() as signals, _only_execution(task, attempt, rank.is_first) as number:
-        if task.result.exists():
-            return "done already"
+    with _ending_signals() as signals:
         try:
-            return _run(folder, round_, stage, index, attempt, rank, number)
+            with _only_execution(task, attempt, rank.is_first) as number:
+                if task.result.exists():
+                    return "done already"
+                return _run(folder, round_, stage, index, attempt, rank, number)
         except BaseException as error:
             if rank.is_first or not isinstance(error, SystemExit | KeyboardInterrupt):
                 _record_error(task, attempt, error, signals)

@@ -224,8 +224,8 @@ def _children_ignore_the_terminal() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in heard:
-            signal.raise_signal(number)  # pending, until the next line
+        for late in heard:
+            signal.raise_signal(late)  # pending, until the next line
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 

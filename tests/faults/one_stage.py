@@ -6,12 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ase import Atoms
+from ase.io import read, write
 from slurm_campaign import OnSlurm, _template
 from tiny import write_campaign
 
@@ -37,15 +38,22 @@ with managing(folder, site_of(folder), False, resumed=False) as manager:
         turn = manager.step()
         if turn.is_idle:
             time.sleep(0.2)
-    manager.step()  # packs what a killed one has left, and plans the next stage
 """
 
 
 def campaign_before(
-    base: Path, round_: int, stage: str, changes: Mapping[str, Any] | None = None
+    base: Path,
+    round_: int,
+    stage: str,
+    changes: Mapping[str, Any] | None = None,
+    spoil: Callable[[list[Atoms]], None] | None = None,
 ) -> CampaignFolder:
-    """A new campaign in which all stages before this one have a product and no tasks."""
+    """A new campaign in which all stages before this one have a product and no tasks; `spoil` changes its structures."""
     file = write_campaign(base / "inputs", changes)
+    if spoil is not None:
+        structures = read(base / "inputs" / "start.extxyz", ":")
+        spoil(structures)
+        write(base / "inputs" / "start.extxyz", structures)
     folder = open_or_create(load_campaign(file), file, base / "campaign")
     for number in range(round_ + 1):
         for name in stages_of(number):

@@ -62,6 +62,7 @@ def test_a_submission_of_which_only_the_intent_was_written_is_made_again_once(
     campaign.assert_undisturbed()
 
 
+@pytest.mark.nightly
 def test_of_two_submissions_of_one_attempt_none_runs_and_the_tasks_are_submitted_anew(
     campaign: OnSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

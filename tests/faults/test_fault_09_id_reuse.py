@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_campaign import OnSlurm, campaigns_on, command, own_cluster
+from slurm_campaign import OnSlurm, campaigns_on, command, own_cluster, restart_controller
 
 from hpcft.campaign.manager import Manager
 
@@ -41,8 +41,7 @@ def submit_and_forget(campaign: OnSlurm, manager: Manager, cluster: Any) -> str:
     for path in (cluster.folder / "state").iterdir():
         if not path.name.startswith("."):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (cluster.folder / "local.conf").write_text(f"FirstJobId={array}\n")
-    cluster.up()
+    restart_controller(cluster, f"FirstJobId={array}\n")
     return array
 
 

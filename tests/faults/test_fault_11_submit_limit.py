@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from slurm_campaign import MakeCampaign, OnSlurm, command
+from slurm_campaign import MakeCampaign, OnSlurm, command, wait_until
 
 pytestmark = pytest.mark.slurm
 
@@ -15,6 +15,7 @@ COUNT_REFUSALS = '"$real" "$@"; code=$?; echo $code >> "$base/codes"; exit $code
 
 def other_jobs(campaign: OnSlurm, count: int) -> None:
     """Jobs of the same user that take places and never start; they go with the campaign's own."""
+    wait_until(lambda: not command("squeue", "--me", "-h"), "the jobs of earlier tests are gone")
     name = f"--job-name={campaign.prefix}other"
     for _ in range(count):
         command("sbatch", "--hold", "--qos=tiny", "--partition=gpu", name, "--wrap=true")
@@ -29,7 +30,7 @@ def test_a_known_limit_is_never_run_into_and_leaves_room_for_a_controller(
     campaign.shim(monkeypatch, "sbatch", COUNT_REFUSALS)
     campaign.finish_stage()
     assert set((campaign.base / "codes").read_text().split()) == {"0"}
-    assert [len(i["tasks"]) for i in campaign.records("-intent.json")][0] == 2  # 4 - 1 other - 1 controller
+    assert len(campaign.records("0001-intent.json")[0]["tasks"]) == 2  # 4 - 1 other - 1 controller
     assert campaign.records("-rejected.json") == []
     campaign.assert_undisturbed()
 

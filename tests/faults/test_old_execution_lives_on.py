@@ -36,10 +36,10 @@ def test_an_execution_on_a_lost_node_ends_itself_and_its_successor_pays_only_for
 
 
 @pytest.mark.nightly
-def test_an_execution_that_wakes_up_beside_its_successor_may_end_its_md_but_publishes_no_result(
+def test_an_execution_that_stood_still_while_its_successor_began_ends_when_it_wakes_up_and_spoils_no_md(
     slurm_cluster: Any, disturb: Callable[..., Disturbed], undisturbed: dict[str, Path]
 ) -> None:
-    """Guards the look at the newest execution right before a result is published (worker._run)."""
+    """Guards that the watch looks at once when a frozen process goes on (worker._ending_once_superseded), and the lock."""
     case = disturb("probe")
     with case.managed():
         pid = case.until_stopped_in_md()
