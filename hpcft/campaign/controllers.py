@@ -18,6 +18,9 @@ from hpcft.storage.campaign_folder import CampaignFolder
 _SETTLING_S = 60.0
 
 
+STOPPED = "the campaign has stopped"
+
+
 @dataclass(frozen=True)
 class Controller:
     """The newest controller of a campaign, as recorded."""
@@ -84,7 +87,7 @@ def write_over(folder: CampaignFolder, number: int, why: str) -> None:
 def detached_state(folder: CampaignFolder) -> dict[str, Any] | None:
     """The controller that should be at work, for `hpcft status`; None if the campaign is not detached."""
     controller = newest_controller(folder)
-    if controller is None or (controller.over and not controller.over.startswith("the campaign has stopped")):
+    if controller is None or (controller.over and not controller.over.startswith(STOPPED)):
         return None
     return vars(controller)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hpcft.campaign.policy import GivenUp, Limits, Needs, describe, next_attempt
 from hpcft.campaign.records import Attempt, Ending, Records, StageRecord
@@ -15,7 +15,8 @@ SETTLING_S = 15.0
 GONE_S = 5.0
 UNEXPLAINED_S = 60.0
 # Submissions in a row that nobody confirmed and that never arrived, while Slurm answers.
-MAX_UNCONFIRMED = 20
+MAX_UNCONFIRMED = 100
+LONGEST_SETTLING_S = 300.0
 # After Slurm has refused one more job because there are too many.
 LIMIT_BACKOFF_S = 30.0
 
@@ -162,11 +163,12 @@ def is_open(stage: StageRecord, task: int) -> bool:
 def _unrecorded(stage: StageRecord, observation: Observation) -> list[Action]:
     """Adopt the one submission of the right shape; of several, or of one that came too late, cancel all: they are held."""
     strays: list[str] = []
+    missing = set(stage.missing)
     for attempt in stage.attempts:
         found = observation.found.get(attempt.number, ())
         # Its place may have been taken by a later attempt while Slurm kept it to itself.
         wanted = attempt.job_ids is None and all(
-            task in stage.missing and stage.latest_attempt(task) is attempt for task in attempt.tasks
+            task in missing and stage.latest_attempt(task) is attempt for task in attempt.tasks
         )
         right = [f for f in found if len(f.elements) == attempt.num_jobs]
         if wanted and len(found) == len(right) == 1:
@@ -215,6 +217,9 @@ def _submissions(stage: StageRecord, observation: Observation, now: float, limit
         return [Wait(_waiting(observation, busy))]
     refused = _refusal(stage)
     if refused is not None and refused.rejected is not None and not refused.rejected.limit:
+        if refused.excluded:  # perhaps there is no other node: any is better than none
+            anywhere = {task: replace(needs, exclude=()) for task, needs in wanted.items()}
+            return _chunks(stage, anywhere, busy, None, now, limits)
         return [Stop(f"round {stage.round}, stage {stage.name}: {refused.rejected.message}")]
     vain = _submitted_in_vain(stage)
     if len(vain) >= MAX_UNCONFIRMED:
@@ -243,8 +248,10 @@ def _chunks(
     # From here on counts of jobs: tasks that need different things cannot share one.
     room = len(wanted) if limits.room is None else limits.room
     size = len(wanted) if limits.max_array is None else limits.max_array
-    if refused is not None:  # fewer at a time, until Slurm takes them; one alone has to wait
-        if refused.num_jobs == 1 and now - refused.at < LIMIT_BACKOFF_S:
+    if (
+        refused is not None and refused.rejected is not None
+    ):  # fewer at a time, until Slurm takes them; one alone has to wait
+        if refused.num_jobs == 1 and 0 <= now - refused.at < LIMIT_BACKOFF_S:
             return []
         room = min(size, room, max(1, refused.num_jobs // 2))
     groups: dict[Needs, list[int]] = defaultdict(list)
@@ -265,7 +272,12 @@ def _chunks(
 def _never_arrived(stage: StageRecord, task: int, now: float) -> bool:
     """A submission that nobody confirmed, that is not in the queue, and that has had the time to get there."""
     latest = stage.latest_attempt(task)
-    return latest is not None and latest.job_ids is None and now - latest.at >= SETTLING_S
+    if latest is None or latest.job_ids is not None:
+        return False
+    # One that timed out may have been taken all the same; a controller that is too busy is not asked faster and faster.
+    times = min(len(_submitted_in_vain(stage)), 10)
+    # A time that lies ahead is another host's. Should that submission yet arrive, it is held, and cancelled as a stray.
+    return not 0 <= now - latest.at < min(SETTLING_S * 2.0 ** max(0, times - 1), LONGEST_SETTLING_S)
 
 
 def _submitted_in_vain(stage: StageRecord) -> list[Attempt]:

@@ -6,12 +6,12 @@ A controller waits (`afterany`) for the jobs of the stage, collects, decides, su
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hpcft.campaign.controllers import newest_controller, record_path, tidy_controllers, write_over
-from hpcft.campaign.decide import Finish
+from hpcft.campaign.controllers import STOPPED, newest_controller, record_path, tidy_controllers, write_over
 from hpcft.campaign.lease import lease
 from hpcft.campaign.manager import Manager, Turn
 from hpcft.cluster import slurm
@@ -24,6 +24,9 @@ from hpcft.storage.campaign_folder import CampaignFolder
 
 # What a controller keeps of its time limit to leave a successor.
 _RESERVE_S = 300.0
+_LEAST_S = 60.0
+_LEASE_POLL_S = 5.0
+_LATER_S = 600
 
 
 def submit_controller(manager: Manager, after: Sequence[str], begin_in_s: int = 0) -> str:
@@ -66,11 +69,13 @@ def drive_detached(
     case. Raises CampaignStopped when the campaign cannot go on by itself, SchedulerUnavailable when Slurm has been
     silent for longer than the site's patience, with nobody left to go on.
     """
+    manager.leaves_controller = True
     silent_since: float | None = None
     while True:
         turn = manager.step()
         on_turn(turn)
-        if any(isinstance(action, Finish) for action in turn.actions):
+        if turn.is_last:
+            manager.tidy_finished(turn.records)
             return None
         now = time.monotonic()
         if turn.is_idle:
@@ -78,7 +83,9 @@ def drive_detached(
             is_late = until is not None and now > until
             try:
                 if turn.scheduler_answers and (jobs or is_late):
-                    return submit_controller(manager, jobs, 60 if is_late and not jobs else 0)
+                    job_id = submit_controller(manager, jobs, 60 if is_late and not jobs else 0)
+                    manager.tidy_finished(turn.records)  # with a successor left, it may take its time
+                    return job_id
             except SubmissionRefused as refusal:
                 if not refusal.is_limit:
                     raise CampaignStopped(str(refusal)) from refusal
@@ -101,6 +108,8 @@ def _jobs_to_wait_for(turn: Turn) -> tuple[str, ...]:
     if stage is None or not stage.missing:
         return ()
     alive = turn.observation.alive
+    if any(queued.reason == "JobHeldUser" for queued in alive.values()):
+        return ()  # not released yet: they would be waited for in vain
     latest = {task: stage.latest_attempt(task) for task in stage.missing}
     unclear = [
         t for t, a in latest.items() if a is not None and t not in alive and stage.ending(t, a.number) is None
@@ -119,24 +128,54 @@ def run_controller(root: str, number: int) -> str:
 
     start = time.monotonic()
     folder = CampaignFolder(Path(root))
-    newest = newest_controller(folder)
-    if newest is None or newest.number != number or newest.over is not None:
+    if _has_successor(folder, number):
         return "superseded"
     site = site_of(folder)
+    until = start + max(_LEAST_S, site.controller.time_min * 60 - _RESERVE_S)
     try:
-        with lease(folder.leases, job_is_over=slurm.job_is_over):
-            manager = Manager(folder, site)
-            until = start + max(60.0, site.controller.time_min * 60 - _RESERVE_S)
-            next_job = drive_detached(manager, _log_turn, until)
-    except LeaseHeld as held:
-        write_over(folder, number, str(held))
-        return str(held)
+        next_job = _take_turn(folder, site, number, until)
+    except LeaseHeld:
+        if _has_successor(folder, number):
+            return "superseded"
+        # Somebody is at work all the time: look again later, or the chain would end here should they just have gone.
+        next_job = submit_controller(Manager(folder, site), (), begin_in_s=_LATER_S)
     except (CampaignStopped, UserError) as stopped:
-        write_over(folder, number, f"the campaign has stopped: {stopped}")
+        write_over(folder, number, f"{STOPPED}: {stopped}")
         raise
     why = "the campaign is finished" if next_job is None else f"controller job {next_job} follows"
     write_over(folder, number, why)
     return why
+
+
+def _take_turn(folder: CampaignFolder, site: Site, number: int, until: float) -> str | None:
+    """Wait for the lease, which others hold for moments, and go on; LeaseHeld if they hold it for long."""
+    while True:
+        try:
+            with lease(folder.leases, job_is_over=slurm.job_is_over):
+                if _has_successor(folder, number):  # left by whoever held the lease until now
+                    raise LeaseHeld("another controller has been left meanwhile")
+                return drive_detached(Manager(folder, site), _log_turn, until)
+        except LeaseHeld:
+            if time.monotonic() > until or _has_successor(folder, number):
+                raise
+        time.sleep(_LEASE_POLL_S)
+
+
+def _has_successor(folder: CampaignFolder, number: int) -> bool:
+    """Whether this controller was dismissed, or one with a higher number has been submitted.
+
+    A higher intent alone proves nothing: its writer, perhaps an earlier execution of this very job, may have died.
+    """
+    newest = newest_controller(folder)
+    if newest is None or record_path(folder, number, "over").exists():
+        return True
+    if newest.number == number:
+        return False
+    if newest.job_id is not None:
+        return True
+    with contextlib.suppress(SchedulerUnavailable):
+        return any(job.name == newest.job_name and not job.is_over for job in slurm.queue(newest.job_name))
+    return False
 
 
 def _log_turn(turn: Turn) -> None:

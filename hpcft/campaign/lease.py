@@ -87,6 +87,7 @@ def lease(
         "boot": _boot_id(),
         "process_started": _process_started(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID"),
+        "restarts": _restarts(),
         "at": time.time(),
     }
     taken = create_json_once(folder / f"{number + 1:06d}.json", mine)
@@ -107,10 +108,16 @@ def lease(
 
 def _was_a_job_that_is_over(lease: dict[str, Any], job_is_over: Callable[[str], bool]) -> bool:
     job = lease.get("job")
-    if job is None:
-        return False
-    # Slurm runs a requeued job again under its number, elsewhere, once the first execution is lost.
-    return job == os.environ.get("SLURM_JOB_ID") or job_is_over(job)
+    if job is None or (lease["host"] == socket.gethostname() and lease["boot"] == _boot_id()):
+        return False  # no job, or a process of this host, which has been looked at already
+    if job == os.environ.get("SLURM_JOB_ID"):
+        # Slurm runs a requeued job again under its number, elsewhere, once the first execution is lost.
+        return int(lease.get("restarts") or 0) < _restarts()
+    return job_is_over(job)
+
+
+def _restarts() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def is_mine(folder: Path) -> bool:

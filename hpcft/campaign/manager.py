@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -62,6 +63,11 @@ class Turn:
         return self.observation.known and not self.unconfirmed
 
     @property
+    def is_last(self) -> bool:
+        """The campaign is finished."""
+        return any(isinstance(action, Finish) for action in self.actions)
+
+    @property
     def is_idle(self) -> bool:
         """Nothing was done that could lead to something else at once. (Slurm may show a cancelled job for a while.)"""
         return bool(self.unconfirmed) or all(isinstance(a, Wait | CancelStrays) for a in self.actions)
@@ -82,6 +88,8 @@ class Manager:
         self.campaign = campaign_of(folder)
         self.scheduler = Scheduler(folder, self.campaign, site)
         self._clock, self._sleep = clock, sleep
+        self.leaves_controller = False
+        """One place in the queue is a controller's, which has yet to be submitted."""
         write_json(folder.site, site.model_dump(mode="json"))
 
     def run(self, on_turn: Callable[[Turn], None] = lambda turn: None) -> None:
@@ -94,7 +102,9 @@ class Manager:
         while True:
             turn = self.step()
             on_turn(turn)
-            if any(isinstance(action, Finish) for action in turn.actions):
+            if turn.is_idle or turn.is_last:
+                self.tidy_finished(turn.records)
+            if turn.is_last:
                 return
             now = self._clock()
             silent_since = None if turn.scheduler_answers else now if silent_since is None else silent_since
@@ -121,9 +131,8 @@ class Manager:
             outcomes = self.folder.stage(stage.round, stage.name).list_outcomes()
             if len(outcomes.done | outcomes.set_aside) >= stage.num_tasks:
                 return
-            glance_s = max(
-                _GLANCE_S, 50 * (time.monotonic() - start)
-            )  # ten thousand names on a busy file system
+            # Ten thousand names on a busy file system are not listed every second.
+            glance_s = max(_GLANCE_S, 50 * (time.monotonic() - start))
 
     def step(self) -> Turn:
         """One turn. The scheduler is asked before the records are read, so a task that ends in between has its result.
@@ -145,20 +154,28 @@ class Manager:
         for action in actions:
             try:
                 self._perform(action)
+            except CampaignStopped as stop:
+                self._record_stop(records, str(stop))
+                raise
             except SchedulerUnavailable as error:
                 unconfirmed = str(error)  # the next turn sees what came of it
                 break
             except SubmissionRefused:
                 break  # it is on record; the rest of the turn would be refused as well
-        turn = Turn(records, observation, tuple(actions), unconfirmed)
-        if turn.is_idle or any(isinstance(action, Finish) for action in actions):
-            self._tidy_finished(
-                records
-            )  # once the next stage is under way: packing thousands of tasks takes a while
-        return turn
+        return Turn(records, observation, tuple(actions), unconfirmed)
 
-    def _tidy_finished(self, records: Records) -> None:
-        """Pack the stages that have a product, also those that a killed manager has left."""
+    def _record_stop(self, records: Records, why: str) -> None:
+        """For `status`, and for `resume`: only what has stopped a campaign is tried again with everything in it."""
+        stage = records.current
+        if stage is not None:
+            about = {"round": stage.round, "stage": stage.name, "why": why, "at": self._clock()}
+            write_json(self.folder.stopped, about)
+
+    def tidy_finished(self, records: Records) -> None:
+        """Pack the stages that have a product, also those that a killed manager has left.
+
+        For the drivers to call once the next stage is under way: packing thousands of tasks takes a while.
+        """
         for stage in records.stages:
             where = self.folder.stage(stage.round, stage.name)
             if stage.product is not None and not is_tidy(where):
@@ -194,20 +211,27 @@ class Manager:
         ranks = module.ranks(self.campaign)
         if self.site.executor == "slurm":
             allowed = self.scheduler.limits(name)
-            room = allowed.max_submitted
             return replace(
                 common,
                 max_running=self.site.task_limit(),
                 max_array=allowed.max_array_size,
-                # One place is the controller's, should the campaign be detached.
-                room=None if room is None else max(0, room - observation.num_queued - 1),
+                room=self._room(allowed.max_submitted, observation),
                 tasks_per_job=self.scheduler.tasks_per_job(name, ranks),
-                max_time_min=allowed.max_time_min,
+                # Where Slurm names no limit there is none; where Slurm was not heard none is known.
+                max_time_min=allowed.max_time_min or (math.inf if self.scheduler.knows_limits else None),
                 max_memory_GB=allowed.max_memory_GB,
+                num_nodes=self.scheduler.num_nodes(name),
             )
         cores = ranks * resources.cpus_per_rank
         room = self.site.max_running_tasks or max(1, (self.site.task_limit() or 1) // cores)
         return replace(common, max_running=room)
+
+    def _room(self, most: int | None, observation: Observation) -> int | None:
+        """Jobs that may be submitted now. With none of ours in the queue one is tried: a refusal does no harm."""
+        if most is None:
+            return None
+        left = most - observation.num_queued - (1 if self.leaves_controller else 0)
+        return max(left, 0 if observation.alive else 1)
 
     def _perform(self, action: Action) -> None:
         if isinstance(action, Plan | Submit | Adopt | RecordEndings | SetAside | Collect) and not is_mine(
@@ -305,9 +329,29 @@ def record_resume(folder: CampaignFolder, now: float) -> None:
     stage = read_records(folder).current
     if stage is None:
         return
-    if stage.num_tasks and not stage.missing:
-        reopen_failures(folder.stage(stage.round, stage.name), range(stage.num_tasks))
+    where = folder.stage(stage.round, stage.name)
     write_marker(folder, stage, now)
+    if has_stopped(folder, stage):
+        for task in sorted(stage.set_aside):
+            bring_back(where, task)
+        if not stage.missing:
+            reopen_failures(where, range(stage.num_tasks or 0))
+        folder.stopped.unlink()
+
+
+def has_stopped(folder: CampaignFolder, stage: StageRecord) -> bool:
+    """Whether this stage could not go on by itself when a manager looked last."""
+    if not folder.stopped.exists():
+        return False
+    stopped = read_json(folder.stopped)
+    return bool((stopped["round"], stopped["stage"]) == (stage.round, stage.name))
+
+
+def bring_back(where: StageFolder, task: int) -> None:
+    """A task that was set aside is missing again; why it was is kept in its folder."""
+    folder = where.task(task)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.aside.rename(folder.path / f"aside-before-{time.time_ns()}.json")
 
 
 def write_marker(

@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hpcft.campaign.decide import Observation, is_open
-from hpcft.campaign.manager import reopen_failures, write_marker
+from hpcft.campaign.controllers import dismiss_controller
+from hpcft.campaign.manager import bring_back, reopen_failures, write_marker
 from hpcft.campaign.records import StageRecord, read_records
 from hpcft.campaign.scheduler import Scheduler
 from hpcft.campaign.settings import campaign_of
@@ -58,11 +58,9 @@ def retry(
     reopened = reopen_failures(where, sorted(done), cause)
     if not chosen and not reopened:
         raise UserError(_nothing_to_retry(current, cause))
-    for task in chosen:
-        aside = where.task(task).aside
-        if aside.exists():
-            aside.rename(where.task(task).path / f"aside-before-{time.time_ns()}.json")
     write_marker(folder, current, time.time(), [*chosen, *reopened])
+    for task in sorted(current.set_aside & set(chosen)):
+        bring_back(where, task)
     return Retried(current, tuple(chosen), tuple(reopened))
 
 
@@ -145,10 +143,13 @@ def rewind(folder: CampaignFolder, round_: int, stage: str, scheduler: Scheduler
     order = [(r, name) for r in range(round_, read_records(folder).rounds + 1) for name in stages_of(r)]
     if (round_, stage) not in order:
         raise UserError(f"round {round_} has no stage {stage}; it has {', '.join(stages_of(round_))}")
-    begun = [where for where in order[order.index((round_, stage)) :] if folder.stage(*where).path.exists()]
+    later = order[order.index((round_, stage)) :]
+    begun = [where for where in later if folder.stage(*where).path.exists()]
+    _complete_what_was_killed(folder)
     if not folder.stage(round_, stage).path.exists():
         raise UserError(f"stage {stage} of round {round_} has not begun, so there is nothing to rewind")
-    _cancel_everything(folder, scheduler)
+    dismiss_controller(folder)
+    cancel_everything(folder, scheduler)
     target = _new_aside(folder, round_, stage)
     moved = []
     for where in reversed(begun):
@@ -159,32 +160,37 @@ def rewind(folder: CampaignFolder, round_: int, stage: str, scheduler: Scheduler
         old.path.rename(new)
         _register_labels(folder, new)
         moved.append(new)
-    _forget_markers(folder, target, set(begun))
+    _forget_markers(folder, target, set(later))
+    folder.stopped.unlink(missing_ok=True)
     shutil.rmtree(folder.report, ignore_errors=True)  # of rounds that are no more; made anew at the end
     return moved
 
 
-def _cancel_everything(
+def _complete_what_was_killed(folder: CampaignFolder) -> None:
+    """A rewind that died between moving a stage and telling the label store where its labels are now."""
+    if folder.aside.exists():
+        for moved in sorted(folder.aside.glob("*/round-*/*")):
+            _register_labels(folder, moved)
+
+
+def cancel_everything(
     folder: CampaignFolder, scheduler: Scheduler, sleep: Callable[[float], None] = time.sleep
-) -> None:
-    """Cancel, and see that it has happened: a task of the old stage must not meet the new one."""
+) -> int:
+    """Cancel, and see that it has happened; returns how many jobs there were. The caller holds the lease.
+
+    Raises SchedulerUnavailable while Slurm does not confirm that nothing of the campaign waits or runs any more.
+    """
     deadline = time.monotonic() + _CANCEL_WAIT_S
-    while scheduler.cancel_all():
+    first = count = scheduler.cancel_all()
+    while count:
         if time.monotonic() > deadline:
             raise SchedulerUnavailable(
-                f"jobs of {folder.root} are still there after {_CANCEL_WAIT_S:.0f} s; wait until squeue shows none, then "
-                "rewind again"
+                f"{count} jobs of {folder.root} are still there after {_CANCEL_WAIT_S:.0f} s; wait until squeue shows "
+                "none, then say it again"
             )
         sleep(1.0)
-    observation: Observation = scheduler.observe(read_records(folder))
-    current = read_records(folder).current
-    if not observation.known or (
-        current is not None
-        and any(task in observation.alive and is_open(current, task) for task in current.missing)
-    ):
-        raise SchedulerUnavailable(
-            "Slurm does not confirm that nothing of this campaign runs; rewind again later"
-        )
+        count = scheduler.cancel_all()
+    return first
 
 
 def _new_aside(folder: CampaignFolder, round_: int, stage: str) -> Path:

@@ -30,8 +30,11 @@ class Limits:
     """Tasks that may be given up before the campaign stops."""
     time_min: int = 60
     memory_GB: float | None = None
-    max_time_min: int | None = None
+    max_time_min: float | None = None
+    """None: not known; infinite: there is none."""
     max_memory_GB: float | None = None
+    num_nodes: int | None = None
+    """Nodes on which the stage may run; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,16 @@ def next_attempt(stage: StageRecord, task: int, limits: Limits, now: float) -> N
     return Needs(
         _grown_time(endings, limits),
         _grown_memory(endings, limits),
-        tuple(
-            sorted(
-                {
-                    e.node
-                    for e in endings
-                    if e.cause == "node-failure" and e.node and now - e.at < AVOID_NODE_S
-                }
-            )
-        ),
+        _avoided_nodes(endings, limits, now),
     )
+
+
+def _avoided_nodes(endings: list[Ending], limits: Limits, now: float) -> tuple[str, ...]:
+    """Nodes that have just failed, unless they are so many of the partition's that the task might find none."""
+    failed = {e.node for e in endings if e.cause == "node-failure" and e.node and now - e.at < AVOID_NODE_S}
+    if limits.num_nodes is not None and limits.num_nodes <= 2 * len(failed):
+        return ()
+    return tuple(sorted(failed))
 
 
 def describe(ending: Ending, message: str | None = None) -> str:
@@ -101,7 +104,7 @@ def _grown_time(endings: list[Ending], limits: Limits) -> int | None:
     times = sum(1 for e in endings if e.cause == "time-limit")
     if not times or limits.max_time_min is None:
         return None  # an unknown bound: more could wait for ever (PartitionConfig)
-    return max(limits.time_min, min(int(limits.time_min * GROWTH**times), limits.max_time_min))
+    return max(limits.time_min, int(min(limits.time_min * GROWTH**times, limits.max_time_min)))
 
 
 def _grown_memory(endings: list[Ending], limits: Limits) -> float | None:

@@ -61,6 +61,8 @@ class Attempt:
     job_ids: Mapping[int, str] | None
     rejected: Rejection | None = None
     tasks_per_job: int = 1
+    excluded: tuple[str, ...] = ()
+    """Nodes that were not to be used."""
     unconfirmed: str = ""
     """What sbatch said when it left open whether the jobs arrived."""
 
@@ -162,6 +164,17 @@ def _number(path: Path) -> int:
 
 
 def _read_stage(folder: CampaignFolder, round_: int, name: str) -> StageRecord:
+    product = folder.stage(round_, name).product
+    try:
+        return _read_stage_now(folder, round_, name)
+    except UserError:
+        if not product.exists():
+            raise
+        # A manager has finished and packed the stage while we read it; a damaged record complains again.
+        return _read_stage_now(folder, round_, name)
+
+
+def _read_stage_now(folder: CampaignFolder, round_: int, name: str) -> StageRecord:
     stage = folder.stage(round_, name)
     if stage.product.exists():
         with _naming(stage.product):
@@ -201,6 +214,7 @@ def read_attempt(stage: StageFolder, number: int) -> Attempt:
             job_ids=_read_job_ids(stage.submitted(number)),
             rejected=_read_rejection(stage.rejected(number)),
             tasks_per_job=int(content.get("tasks_per_job", 1)),
+            excluded=tuple(content.get("needs", {}).get("exclude", ())),
             unconfirmed=_read_unconfirmed(stage.unconfirmed(number)),
         )
     return attempt

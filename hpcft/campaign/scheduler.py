@@ -15,7 +15,7 @@ from hpcft.campaign.records import Attempt, Cause, Ending, Records, StageRecord
 from hpcft.campaign.worker import run_tasks
 from hpcft.cluster import local, slurm
 from hpcft.cluster.executors import JobSpec, submit, write_inputs
-from hpcft.cluster.limits import Cluster, StageLimits, effective, read_cluster
+from hpcft.cluster.limits import Cluster, StageLimits, effective, read_cluster, suitable_nodes, terms_of
 from hpcft.config.campaign import Campaign
 from hpcft.config.site import Site
 from hpcft.errors import SchedulerUnavailable
@@ -109,6 +109,18 @@ class Scheduler:
                 self._cluster = read_cluster(self._run)
         return effective(self.site, stage, self._cluster)  # type: ignore[arg-type]
 
+    @property
+    def knows_limits(self) -> bool:
+        return self._cluster is not None
+
+    def num_nodes(self, stage: str) -> int | None:
+        """Nodes that suit a stage; None where that is not known."""
+        if self._cluster is None:
+            return None
+        asked = self.site.slurm_for(stage)  # type: ignore[arg-type]
+        nodes = suitable_nodes(asked, terms_of(asked, self._cluster), self._cluster)
+        return sum(group.num_nodes for group in nodes) or None
+
     def release(self, job_ids: Sequence[str]) -> None:
         """Let jobs start; where Slurm does not answer, the next look tries again."""
         if self.is_slurm and job_ids:
@@ -139,7 +151,9 @@ class Scheduler:
         except SchedulerUnavailable as error:
             return Observation(known=False, silence=str(error))
         observation = self._from_queue(stage, [job for job in jobs if job.name.startswith(self.name_prefix)])
-        return replace(observation, num_queued=sum(1 for job in jobs if not job.is_over))
+        asked = self.site.slurm_for(stage.name)  # type: ignore[arg-type]
+        queued = [job for job in jobs if not job.is_over and _shares_limit(job, asked.account, asked.qos)]
+        return replace(observation, num_queued=len(queued))
 
     def _observe_locally(self, stage: StageRecord) -> Observation:
         where = self.folder.stage(stage.round, stage.name)
@@ -249,6 +263,11 @@ def _cause(job: slurm.AccountedJob) -> Cause | None:
     if "OUT_OF_MEMORY" in job.step_states and job.state in ("FAILED", "OUT_OF_MEMORY"):
         return "out-of-memory"
     return _CAUSES.get(job.state)
+
+
+def _shares_limit(job: slurm.QueuedJob, account: str | None, qos: str | None) -> bool:
+    """Whether a job counts against the same limit on submitted jobs, as far as the site config says which that is."""
+    return (not account or job.account == account) and (not qos or job.qos == qos)
 
 
 def _tasks_by_job(job_ids: Mapping[int, str]) -> dict[str, list[int]]:

@@ -34,7 +34,7 @@ def describe(folder: CampaignFolder, run: slurm.Run | None = None) -> dict[str, 
     controller = None if stage is None else detached_state(folder)
     manager = holder(folder.leases)
     state = "finished" if stage is None else "running" if manager else "detached" if controller else "idle"
-    problems = [] if stage is None else _problems(folder, stage, queue)
+    problems = [] if stage is None else [*_stop(folder, stage), *_problems(folder, stage, queue)]
     if controller is not None and manager is None:
         state, trouble = _watched(folder, controller, ask)
         problems[:0] = trouble
@@ -140,6 +140,15 @@ def _age(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(0.0, seconds):.0f} s"
+
+
+def _stop(folder: CampaignFolder, stage: StageRecord) -> list[str]:
+    """Why the last manager could not go on with this stage."""
+    if not folder.stopped.exists():
+        return []
+    stopped = read_json(folder.stopped)
+    is_this = (stopped["round"], stopped["stage"]) == (stage.round, stage.name)
+    return [f"stopped: {stopped['why']}"] if is_this else []
 
 
 def _problems(folder: CampaignFolder, stage: StageRecord, queue: Mapping[str, Any] | None) -> list[str]:

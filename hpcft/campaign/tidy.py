@@ -25,10 +25,16 @@ def tidy(stage: StageFolder) -> None:
             write_text(stage.results, "".join(_result_lines(stage)))
         if not stage.history.exists():
             _pack(stage, [*_files_below(stage.outcomes), *_files_below(stage.attempts)])
+        _tidy_tasks(stage)
         _remove_tree(stage.outcomes)
         _remove_tree(stage.attempts)
+
+
+def _tidy_tasks(stage: StageFolder) -> None:
+    aside = {stage.task(index).path for index in stage.read_set_aside()}
     for task in sorted((stage.path / "tasks").glob("*")):
-        for pattern in _IN_TASKS:
+        # What a task that was set aside has computed is in these alone.
+        for pattern in ("lock", ".tmp-*") if task in aside else _IN_TASKS:
             for path in task.glob(pattern):
                 path.unlink(missing_ok=True)
         if not any(task.iterdir()):

@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import platform
+import secrets
 import signal
 import sys
 import threading
@@ -66,18 +67,26 @@ def run_task(root: str, round_: int, stage: str, index: int, attempt: int, rank:
     _say_when_code_has_changed(where, attempt)
     with _ending_signals() as signals:
         try:
-            with _only_execution(task, attempt, rank.is_first) as number:
+            with _only_execution(where, index, attempt, rank.is_first) as execution:
                 if task.result.exists():
                     return "done already"
-                return _run(folder, round_, stage, index, attempt, rank, number)
+                return _run(folder, round_, stage, index, attempt, rank, execution)
         except BaseException as error:
-            if rank.is_first or not isinstance(error, SystemExit | KeyboardInterrupt):
+            # What an execution that is not the newest has to say would be taken for the word of the newest.
+            is_ours = type(error).__name__ != "Superseded"
+            if is_ours and (rank.is_first or not isinstance(error, SystemExit | KeyboardInterrupt)):
                 _record_error(task, attempt, error, signals)
             raise
 
 
 def _run(
-    folder: CampaignFolder, round_: int, stage: str, index: int, attempt: int, rank: Rank, number: int
+    folder: CampaignFolder,
+    round_: int,
+    stage: str,
+    index: int,
+    attempt: int,
+    rank: Rank,
+    execution: Execution,
 ) -> str:
     # Imported here: the lock is taken before the seconds that torch needs to load.
     from hpcft.campaign.settings import campaign_of
@@ -90,20 +99,19 @@ def _run(
     if rank.is_first:
         remove_leftovers(where.path)
     start = time.monotonic()
-    task = TaskContext(context, index, context.plan()[index], attempt, rank)
+    task = TaskContext(context, index, context.plan()[index], attempt, rank, execution.is_newest)
     outcome = stage_named(stage).run(task)
     if rank.is_first:
         about = {
             "attempt": attempt,
-            "execution": number,
+            "execution": execution.number,
             "wall_s": time.monotonic() - start,
             "peak_memory_MiB": _peak_memory_MiB(),
             "host": platform.node(),
             "hpcft_version": __version__,
             "at": time.time(),
         }
-        if where.run(number + 1).exists():
-            return "superseded"
+        task.ensure_owned()
         create_json_once(where.result, {**outcome, "about": about})
     return "done"
 
@@ -134,18 +142,44 @@ def _say_when_code_has_changed(where: StageFolder, attempt: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Execution:
+    """One run of a task's first rank; the other ranks (number 0) end with it."""
+
+    stage: StageFolder
+    task: TaskFolder
+    number: int = 0
+    token: str = ""
+
+    def is_newest(self) -> bool:
+        """Whether the task is still ours. Not once a newer execution has begun, nor once the stage is finished and packed
+        or put aside, which removes the marks: its files are published, and ours would be older.
+        """
+        if self.number == 0:
+            return True
+        if self.stage.product.exists() or self.task.run(self.number + 1).exists():
+            return False
+        try:
+            return bool(read_json(self.task.run(self.number))["token"] == self.token)
+        except (FileNotFoundError, KeyError):
+            return False
+
+
 @contextlib.contextmanager
-def _only_execution(task: TaskFolder, attempt: int, is_first: bool) -> Iterator[int]:
-    """Own the task as its newest execution, in rank 0; yields the execution's number.
+def _only_execution(stage: StageFolder, index: int, attempt: int, is_first: bool) -> Iterator[Execution]:
+    """Own the task as its newest execution, in rank 0.
 
     An older execution may live on where Slurm has lost sight of its node. It sees the newer one's mark and ends, which
     frees the lock; on a file system without locks it is given the time to. Raises RuntimeError if it does not end.
     """
+    task = stage.task(index)
     if not is_first:
-        yield 0
+        yield Execution(stage, task)
         return
-    number = _claim(task, attempt)
-    with task.lock.open("a") as stream, _ending_once_superseded(task, number):
+    execution, was_elsewhere = _claim(stage, task, attempt)
+    with task.lock.open("a") as stream, _ending_once_superseded(execution):
+        if was_elsewhere:  # locks may hold on one node only, and the old execution has to see our mark
+            time.sleep(2 * WATCH_S)
         deadline = time.monotonic() + _LOCK_WAIT_S
         while True:
             try:
@@ -159,15 +193,16 @@ def _only_execution(task: TaskFolder, attempt: int, is_first: bool) -> Iterator[
                     ) from None
                 time.sleep(0.2)
             except OSError:
-                time.sleep(2 * WATCH_S if number > 1 else 0)
                 break
-        yield number
+        yield execution
 
 
-def _claim(task: TaskFolder, attempt: int) -> int:
-    """Mark this execution as the task's newest one; the mark names host and job for whoever looks."""
-    task.result.parent.mkdir(exist_ok=True)
+def _claim(stage: StageFolder, task: TaskFolder, attempt: int) -> tuple[Execution, bool]:
+    """Mark this execution as the task's newest one, naming host and job; whether the one before ran on another host."""
+    stage.outcomes.mkdir(exist_ok=True)
+    token = secrets.token_hex(8)
     mark = {
+        "token": token,
         "attempt": attempt,
         "host": platform.node(),
         "pid": os.getpid(),
@@ -180,21 +215,22 @@ def _claim(task: TaskFolder, attempt: int) -> int:
     number = 1
     while task.run(number).exists() or not create_json_once(task.run(number), mark):
         number += 1
-    return number
+    before = read_json(task.run(number - 1)) if number > 1 else mark
+    return Execution(stage, task, number, token), before.get("host") != mark["host"]
 
 
 @contextlib.contextmanager
-def _ending_once_superseded(task: TaskFolder, number: int) -> Iterator[None]:
-    """While this lasts, end the process once a newer execution of its task has begun."""
+def _ending_once_superseded(execution: Execution) -> Iterator[None]:
+    """While this lasts, end the process once its task is not its own any more."""
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(WATCH_S):
-            if task.run(number + 1).exists():
-                print(
-                    f"a newer execution of {task.path} has begun: this one ends", file=sys.stderr, flush=True
-                )
-                os._exit(SUPERSEDED_EXIT)
+            with contextlib.suppress(OSError, UserError):  # a file system that is away for a moment
+                if not execution.is_newest():
+                    what = f"a newer execution of {execution.task.path} has begun, or its stage is over"
+                    print(f"{what}: this one ends", file=sys.stderr, flush=True)
+                    os._exit(SUPERSEDED_EXIT)
 
     threading.Thread(target=watch, daemon=True, name="superseded-watch").start()
     try:

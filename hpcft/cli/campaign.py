@@ -13,12 +13,12 @@ from hpcft.cli.drive import (
     chosen_site,
     drive,
     drive_and_leave,
+    let_controller_finish,
     opened,
     refuse_impossible,
     short,
     take_steps,
 )
-from hpcft.errors import LeaseHeld
 from hpcft.storage.campaign_folder import CampaignFolder
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def resume(
     take_over: TakeOver = False,
     once: Annotated[
         bool,
-        typer.Option("--once", help="Do what can be done now, then return; submit nothing to wait for it."),
+        typer.Option("--once", help="Do what can be done now, then return; what was given up stays so."),
     ] = False,
     check: Check = True,
 ) -> None:
@@ -100,7 +100,7 @@ def resume(
     if check:
         refuse_impossible(folder, chosen)
     if once:
-        typer.echo(take_steps(folder, chosen, take_over, resumed=True))
+        typer.echo(take_steps(folder, chosen, take_over))
     elif drive(folder, chosen, take_over, resumed=True):
         _finish(folder)
 
@@ -190,22 +190,22 @@ def status(
 def cancel(directory: CampaignDir) -> None:
     """End all running and waiting tasks of a campaign; what is finished stays, and resume goes on."""
     from hpcft.campaign.controllers import dismiss_controller
-    from hpcft.campaign.lease import holder
+    from hpcft.campaign.lease import lease
     from hpcft.campaign.manager import record_resume
+    from hpcft.campaign.mend import cancel_everything
     from hpcft.campaign.scheduler import Scheduler
     from hpcft.campaign.settings import campaign_of, site_of
+    from hpcft.cluster.slurm import job_is_over
 
     folder = CampaignFolder(directory.absolute())
     site = site_of(folder)
-    scheduler = Scheduler(folder, campaign_of(folder), site)
-    manager = holder(folder.leases)
-    if manager is not None and not (manager.get("job") and site.executor == "slurm"):
-        raise LeaseHeld(
-            f"process {manager['pid']} on {manager['host']} drives this campaign and would submit its tasks again; end that "
-            "process first, then cancel"
-        )
-    if site.executor == "slurm":
-        dismiss_controller(folder)
-    count = scheduler.cancel_all()
-    record_resume(folder, time.time())  # what was cancelled has not failed
+    is_slurm = site.executor == "slurm"
+    if is_slurm:
+        dismiss_controller(folder)  # and wait until one that is at work has ended: it would submit again
+    let_controller_finish(folder, 60.0)
+    with lease(folder.leases, job_is_over=job_is_over if is_slurm else lambda job_id: False):
+        if is_slurm:
+            dismiss_controller(folder)
+        count = cancel_everything(folder, Scheduler(folder, campaign_of(folder), site))
+        record_resume(folder, time.time())  # what was cancelled has not failed
     typer.echo(f"{count} job{'s' * (count != 1)} cancelled. Go on with: hpcft resume {short(folder.root)}")

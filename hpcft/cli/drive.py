@@ -80,11 +80,11 @@ def refuse_impossible(folder: CampaignFolder, site: Site) -> None:
         )
 
 
-def _let_controller_finish(folder: CampaignFolder) -> None:
+def let_controller_finish(folder: CampaignFolder, at_most_s: float = _CONTROLLER_WAIT_S) -> None:
     """A controller job is at work for some seconds only, and what it leaves waiting can be dismissed."""
     from hpcft.campaign.lease import holder
 
-    deadline = time.monotonic() + _CONTROLLER_WAIT_S
+    deadline = time.monotonic() + at_most_s
     while (at_work := holder(folder.leases)) and at_work.get("job") and time.monotonic() < deadline:
         time.sleep(0.5)
 
@@ -98,7 +98,7 @@ def managing(folder: CampaignFolder, site: Site, take_over: bool, *, resumed: bo
     from hpcft.cluster.slurm import job_is_over
 
     is_slurm = site.executor == "slurm"
-    _let_controller_finish(folder)
+    let_controller_finish(folder)
     with lease(
         folder.leases, take_over=take_over, job_is_over=job_is_over if is_slurm else lambda job_id: False
     ):
@@ -138,22 +138,26 @@ def drive_and_leave(
         return drive_detached(manager, progress.show)
 
 
-def take_steps(folder: CampaignFolder, site: Site, take_over: bool, *, resumed: bool) -> str:
-    """Everything that can be done without waiting; one line about where the campaign stands then."""
-    from hpcft.campaign.decide import Finish
+def take_steps(folder: CampaignFolder, site: Site, take_over: bool) -> str:
+    """Everything that can be done without waiting; one line about where the campaign stands then.
+
+    No new attempts for what was given up: a clock that calls this every hour has not looked at why.
+    """
     from hpcft.campaign.manager import stage_line
     from hpcft.cli.progress import Progress
     from hpcft.errors import SchedulerUnavailable
 
-    with managing(folder, site, take_over, resumed=resumed) as manager, Progress(folder) as progress:
+    with managing(folder, site, take_over, resumed=False) as manager, Progress(folder) as progress:
         while True:
             turn = manager.step()
             progress.show(turn)
+            if turn.is_idle or turn.is_last:
+                manager.tidy_finished(turn.records)
             if not turn.scheduler_answers:
                 raise SchedulerUnavailable(
                     f"Slurm does not answer, so nothing could be decided. {turn.silence}".strip()
                 )
-            if turn.is_idle or any(isinstance(action, Finish) for action in turn.actions):
+            if turn.is_idle or turn.is_last:
                 return stage_line(turn)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpcft.cli.drive import chosen_site, opened, short
+from hpcft.cli.drive import chosen_site, let_controller_finish, opened, short
 from hpcft.errors import UserError
 from hpcft.storage.campaign_folder import STAGES, CampaignFolder
 
@@ -21,8 +21,7 @@ CampaignDir = Annotated[Path, typer.Argument(help="The campaign's folder, as `hp
 
 @contextmanager
 def _alone_with(folder: CampaignFolder) -> Iterator[Scheduler]:
-    """The lease, and the scheduler of the site on which the campaign ran last; a waiting controller is dismissed."""
-    from hpcft.campaign.controllers import dismiss_controller
+    """The lease, and the scheduler of the site on which the campaign ran last."""
     from hpcft.campaign.lease import lease
     from hpcft.campaign.scheduler import Scheduler
     from hpcft.campaign.settings import campaign_of
@@ -30,10 +29,19 @@ def _alone_with(folder: CampaignFolder) -> Iterator[Scheduler]:
 
     site = chosen_site(folder, None)
     is_slurm = site.executor == "slurm"
+    let_controller_finish(folder)
     with lease(folder.leases, job_is_over=job_is_over if is_slurm else lambda job_id: False):
-        if is_slurm:
-            dismiss_controller(folder)
         yield Scheduler(folder, campaign_of(folder), site)
+
+
+def _how_to_go_on(folder: CampaignFolder) -> None:
+    from hpcft.campaign.controllers import detached_state
+
+    controller = detached_state(folder)
+    if controller is not None and controller["over"] is None:
+        typer.echo(f"The controller job {controller['job_id']} goes on when the jobs before it are over.")
+        return
+    typer.echo(f"Go on with: hpcft resume {short(folder.root)}, or without a process here: hpcft submit")
 
 
 def retry(
@@ -79,7 +87,7 @@ def retry(
         typer.echo(f"{where}: {_listed(retried.tasks)} will be tried again")
     if retried.reopened:
         typer.echo(f"{where}: {_listed(retried.reopened)} will try failed labels again")
-    typer.echo(f"Go on with: hpcft resume {short(folder.root)}, or without a process here: hpcft submit")
+    _how_to_go_on(folder)
 
 
 def rewind(
@@ -101,7 +109,7 @@ def rewind(
         moved = rewind_stages(folder, round_, stage, scheduler)
     for path in reversed(moved):
         typer.echo(f"kept in {short(path)}")
-    typer.echo(f"Go on with: hpcft resume {short(folder.root)}, or without a process here: hpcft submit")
+    _how_to_go_on(folder)
 
 
 def _known_stage(stage: str | None) -> None:

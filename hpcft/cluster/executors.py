@@ -76,11 +76,18 @@ def submit(
     spec.folder.mkdir(parents=True, exist_ok=True)
     executor = _executor(site, spec)
     complaint = io.StringIO()  # submitit prints it as well as raising it
-    with _clean_environment(_variables(site, spec)), _children_ignore_the_terminal():
+    with (
+        _clean_environment(_variables(site, spec), _kept_options(site, spec)),
+        _children_ignore_the_terminal(),
+    ):
         try:
             with contextlib.redirect_stderr(complaint):
                 jobs = executor.map_array(function, *zip(*arguments, strict=True))
         except (FailedJobError, FailedSubmissionError) as error:
+            for path in spec.folder.glob(
+                "*.pkl"
+            ):  # should the jobs be adopted, their inputs are written anew
+                path.unlink(missing_ok=True)
             raise _failure(spec.name, str(error)) from error
     return [str(job.job_id) for job in jobs]
 
@@ -229,13 +236,33 @@ def _children_ignore_the_terminal() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def _kept_options(site: Site, spec: JobSpec) -> frozenset[str]:
+    """Variables of sbatch that name what the site config leaves to the user."""
+    if site.slurm is None:
+        return frozenset()
+    asked = site.slurm_for(spec.stage)  # type: ignore[arg-type]
+    wishes = {
+        "SBATCH_ACCOUNT": asked.account,
+        "SBATCH_PARTITION": asked.partition,
+        "SBATCH_QOS": asked.qos,
+        "SBATCH_CONSTRAINT": asked.constraint,
+        "SBATCH_RESERVATION": asked.options.get("reservation"),
+        "SBATCH_CLUSTERS": asked.options.get("clusters"),
+    }
+    return frozenset(name for name, wish in wishes.items() if not wish)
+
+
 @contextlib.contextmanager
-def _clean_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Submit from this process's environment and `variables`, but without what is only true of the job that we run in.
+def _clean_environment(variables: Mapping[str, str], kept_options: frozenset[str]) -> Iterator[None]:
+    """Submit from this process's environment and `variables`, but without what is only true of the job that we run in,
+    and without the user's SBATCH_* but `kept_options`: sbatch would prefer them to what the batch script asks for.
 
     A controller job submits from inside a job, whose SLURM_MEM_PER_CPU and the like contradict the new job's.
     """
     before = dict(os.environ)
+    for name in before:
+        if name.startswith("SBATCH_") and name not in kept_options:
+            del os.environ[name]
     if "SLURM_JOB_ID" in before:
         for name in before:
             if (

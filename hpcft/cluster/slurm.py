@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -51,8 +52,13 @@ COMMAND_TIMEOUT_S = 60.0
 
 def run_command(argv: Sequence[str], timeout_s: float = COMMAND_TIMEOUT_S) -> str:
     """The command's standard output; SchedulerUnavailable when it fails or hangs, for a failure says nothing."""
+    # A user's SQUEUE_PARTITION would hide jobs from us, which then would count as lost.
+    personal = ("SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_", "SLURM_TIME_FORMAT")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(personal)}
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SchedulerUnavailable(f"{argv[0]} gave no answer: {error}") from error
     if done.returncode != 0:
@@ -69,6 +75,8 @@ class QueuedJob:
     state: str
     reason: str
     node: str = ""
+    account: str = ""
+    qos: str = ""
 
     @property
     def is_held(self) -> bool:
@@ -88,16 +96,16 @@ def queue(name_prefix: str, run: Run = run_command) -> list[QueuedJob]:
 
     Slurm keeps ended jobs for a while (MinJobAge), whether or not the site has accounting.
     """
-    output = run(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%j|%T|%r|%N"])
+    output = run(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%j|%T|%r|%N|%a|%q"])
     jobs = []
     for line in output.splitlines():
         # Other jobs of this user may have any name, with line breaks too; ours has none of these characters.
         job_id, _, rest = line.strip().partition("|")
         name, _, rest = rest.partition("|")
         state, _, rest = rest.partition("|")
-        reason, _, node = rest.partition("|")
+        reason, node, account, qos = (rest.split("|") + [""] * 4)[:4]
         if name.startswith(name_prefix):
-            jobs.append(QueuedJob(job_id, name, state, reason, node))
+            jobs.append(QueuedJob(job_id, name, state, reason, node, account, qos))
     return jobs
 
 

@@ -40,6 +40,7 @@ def finish_shard(folder: Path, attributes: Mapping[str, Any] | None = None) -> P
     become the provenance of the HDF5 files.
     """
     records = list(read_journals(folder).values())
+    _refuse_to_forget(folder, records)
     labels = [record for record in records if isinstance(record.result, Label)]
     relaxations = [record for record in records if isinstance(record.result, Relaxation)]
     failures = [record for record in records if isinstance(record.result, Failure)]
@@ -61,6 +62,19 @@ def finish_shard(folder: Path, attributes: Mapping[str, Any] | None = None) -> P
     }
     write_json(folder / SHARD_FILE, contents)
     return folder / SHARD_FILE
+
+
+def _refuse_to_forget(folder: Path, records: Sequence[Record]) -> None:
+    """A shard may outlive its journals; published labels are never replaced by fewer."""
+    if not (folder / SHARD_FILE).exists():
+        return
+    published = read_json(folder / SHARD_FILE)
+    lost = {*published["labels"], *published["relaxations"]} - {record.key for record in records}
+    if lost:
+        raise UserError(
+            f"{folder} holds {len(lost)} published labels that its journals do not know; it is left as it is. Another "
+            "process has finished it, or the journals were deleted."
+        )
 
 
 def read_shard(folder: Path) -> list[Record]:

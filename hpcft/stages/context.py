@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +70,13 @@ class TaskContext:
     payload: Mapping[str, Any]
     attempt: int
     rank: Rank
+    is_owned: Callable[[], bool] = lambda: True
+    """Whether this is still the newest execution of the task."""
+
+    def ensure_owned(self) -> None:
+        """Asked before each publication: Superseded if another execution, or a later time, owns the task's files."""
+        if not self.is_owned():
+            raise Superseded(f"{self.path} belongs to a newer execution, or its stage is over")
 
     @property
     def path(self) -> Path:

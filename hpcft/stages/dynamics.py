@@ -66,6 +66,7 @@ def run_dynamics(
             potential, replicas, settings, guards_of(task.context, settings.temperature_K), observe
         )
         _run_segments(task.path, simulation, run)
+        task.ensure_owned()
         consolidate(list_segments(task.path), final, _provenance(task, model, settings))
     delete_segments(task.path)
     return _summary(final, replicas)

@@ -67,6 +67,7 @@ def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str
     retry = task.path / RETRY_FAILURES
     causes = {*(read_json(retry)["causes"] if retry.exists() else ()), "interrupted"}
     summary = label_items(items, reference, task.path, known=known, attempt=task.attempt, retry_causes=causes)
+    task.ensure_owned()
     finish_shard(task.path, {"campaign": context.campaign.name, "reference": reference.calculator})
     retry.unlink(missing_ok=True)
     num_frames = sum(isinstance(record.result, Label) for record in read_shard(task.path))

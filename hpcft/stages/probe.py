@@ -61,9 +61,12 @@ def run(task: TaskContext) -> dict[str, Any]:
     )
     if not (task.path / "frames.h5").exists():
         frames = _frames(task.path / "trajectory.h5", probe.frames, probe.discard)
+        task.ensure_owned()
         write_structures(task.path / "frames.h5", frames)
     if not (task.path / "relaxed.h5").exists():
-        write_structures(task.path / "relaxed.h5", _relax(task, potential))
+        relaxed = _relax(task, potential)
+        task.ensure_owned()
+        write_structures(task.path / "relaxed.h5", relaxed)
     return {**summary, "to_label": count_structures(task.path / "frames.h5")}
 
 

@@ -33,6 +33,7 @@ def run(task: TaskContext) -> dict[str, Any]:
         chosen = sorted(int(i) for i in order)
     else:
         chosen = _farthest(candidates, known, settings.frames)
+    task.ensure_owned()
     write_structures(task.path / "selected.h5", [candidates[i] for i in chosen])
     return {"candidates": len(candidates), "selected": len(chosen)}
 

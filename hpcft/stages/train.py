@@ -51,6 +51,7 @@ def run(task: TaskContext) -> dict[str, Any]:
             "labels": len(data.labels),
             "relaxations": len(data.relaxations),
         }
+        task.ensure_owned()
         save_model(final, potential, provenance)
     return {
         "labels": len(data.labels),

@@ -236,6 +236,11 @@ class CampaignFolder:
         return self.root / "manager.log"
 
     @property
+    def stopped(self) -> Path:
+        """Why the campaign could not go on by itself."""
+        return self.root / "stopped.json"
+
+    @property
     def observed(self) -> Path:
         """What the scheduler said last, for readers while it does not answer."""
         return self.root / "observed.json"

@@ -134,6 +134,7 @@ class Trainer:
         """Take up the weights of `good` again, on a lower rate; raises NotFinite once that has been tried often enough."""
         setbacks = self.setbacks
         self._take(good)
+        self.setbacks = setbacks  # of which `good` knows only those before it
         if len(setbacks) >= MAX_SETBACKS:
             sets = {"the labels": self.data.labels, "the replay data": self.data.replay}
             raise NotFinite(

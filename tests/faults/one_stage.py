@@ -82,10 +82,14 @@ def write_labels(stage: StageFolder, structures: Sequence[Atoms]) -> None:
 
 
 def drive(
-    folder: CampaignFolder, round_: int, stage: str, environment: Mapping[str, str] | None = None
+    folder: CampaignFolder,
+    round_: int,
+    stage: str,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> subprocess.Popen[bytes]:
     """A manager that runs until the stage has its product; what it says is in a file beside the campaign's folder."""
-    with (folder.root.parent / "driven.log").open("ab") as output:
+    with (log or folder.root.parent / "driven.log").open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-c", DRIVE, str(folder.root), str(round_), stage],
             stdout=output,
@@ -98,7 +102,14 @@ def drive(
 def drive_to_end(
     folder: CampaignFolder, round_: int, stage: str, environment: Mapping[str, str] | None = None
 ) -> None:
-    assert drive(folder, round_, stage, environment).wait(timeout=300) == 0, said(folder)
+    manager = drive(folder, round_, stage, environment)
+    try:
+        assert manager.wait(timeout=120) == 0, said(folder)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"the manager hangs: {said(folder)}")
+    finally:
+        manager.kill()
+        manager.wait()
 
 
 def said(folder: CampaignFolder) -> str:

@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 # The process forgets the shim as it starts, before Python reads its environment: what it starts is not shimmed.
@@ -24,14 +25,16 @@ _HEAD = r"""
 #include <time.h>
 #include <unistd.h>
 static char below[4096], trace[4096], only[4096];
-static long at, times, every, calls;
+static long times, every;
+/* A process that forks may set these two in its children. */
+long shim_at, shim_calls;
 static double delay;
 __attribute__((constructor)) static void start(void) {
     const char *value;
     if ((value = getenv("SHIM_BELOW"))) strncpy(below, value, sizeof below - 1);
     if ((value = getenv("SHIM_ONLY"))) strncpy(only, value, sizeof only - 1);
     if ((value = getenv("SHIM_TRACE"))) strncpy(trace, value, sizeof trace - 1);
-    at = (value = getenv("SHIM_AT")) ? atol(value) : 0;
+    shim_at = (value = getenv("SHIM_AT")) ? atol(value) : 0;
     times = (value = getenv("SHIM_TIMES")) ? atol(value) : 1;
     every = (value = getenv("SHIM_EVERY")) ? atol(value) : 0;
     delay = (value = getenv("SHIM_DELAY")) ? atof(value) : 0;
@@ -59,7 +62,7 @@ static void note(const char *what, const char *path) {
     if (!*trace) return;
     __typeof__(open) *real_open = (__typeof__(open) *)dlsym(RTLD_NEXT, "open");
     char line[8192];
-    int length = snprintf(line, sizeof line, "%ld %s %s\n", calls, what, path);
+    int length = snprintf(line, sizeof line, "%ld %s %s\n", shim_calls, what, path);
     int fd = real_open(trace, O_WRONLY | O_CREAT | O_APPEND, 0644);
     if (write(fd, line, length) < 0) abort();
     close(fd);
@@ -72,9 +75,9 @@ _KILL = (
     + r"""
 static void count(const char *what, const char *path) {
     if (!is_below(path)) return;
-    calls++;
+    shim_calls++;
     note(what, path);
-    if (calls == at) kill(getpid(), SIGKILL);
+    if (shim_calls == shim_at) kill(getpid(), SIGKILL);
 }
 int fsync(int fd) { char b[4096]; REAL(fsync); count("fsync", path_of(fd, b)); return real(fd); }
 int rename(const char *a, const char *b) { REAL(rename); count("rename", b); return real(a, b); }
@@ -94,9 +97,9 @@ _STALE = (
     + r"""
 static int is_stale(const char *what, const char *path) {
     if (!is_below(path)) return 0;
-    calls++;
+    shim_calls++;
     note(what, path);
-    return (at && calls >= at && calls < at + times) || (every && calls % every == 0);
+    return (shim_at && shim_calls >= shim_at && shim_calls < shim_at + times) || (every && shim_calls % every == 0);
 }
 /* The server has served these two; only the answer is lost. */
 int rename(const char *a, const char *b) {
@@ -164,6 +167,39 @@ int open64(const char *path, int flags, ...) {
 """
 )
 
+# The time of day is CLOCK_BASE + CLOCK_AHEAD + CLOCK_RATE times what has passed since CLOCK_BASE, in this process and in
+# all that it starts. (libfaketime's sleep fails where the monotonic clock is left alone.)
+_CLOCK = r"""
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+static double value(const char *name) { const char *text = getenv(name); return text ? atof(text) : 0; }
+int clock_gettime(clockid_t id, struct timespec *to) {
+    int status = syscall(SYS_clock_gettime, id, to);
+    if (status || (id != CLOCK_REALTIME && id != CLOCK_REALTIME_COARSE)) return status;
+    double base = value("CLOCK_BASE");
+    double now = base + value("CLOCK_AHEAD") + value("CLOCK_RATE") * (to->tv_sec + to->tv_nsec * 1e-9 - base);
+    to->tv_sec = now;
+    to->tv_nsec = (now - to->tv_sec) * 1e9;
+    return 0;
+}
+int gettimeofday(struct timeval *to, void *zone) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    to->tv_sec = now.tv_sec;
+    to->tv_usec = now.tv_nsec / 1000;
+    return 0;
+}
+time_t time(time_t *to) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (to) *to = now.tv_sec;
+    return now.tv_sec;
+}
+"""
+
 
 @functools.cache
 def _compiled(source: str) -> str:
@@ -191,6 +227,18 @@ def stale(
 def late_by(delay_s: float, below: Path, trace: Path | None = None) -> dict[str, str]:
     """The environment of a process that sees results below a folder only so long after they are written."""
     return _environment(_LATE, below, trace, SHIM_DELAY=delay_s)
+
+
+def with_clock(ahead_s: float = 0, rate: float = 1, beside: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment of a process and its children, on a host with this clock; the monotonic one is as ever."""
+    given = beside or dict(os.environ)
+    preloaded = [*filter(None, [given.get("LD_PRELOAD")]), _compiled(_CLOCK)]
+    settings = {"CLOCK_BASE": time.time(), "CLOCK_AHEAD": ahead_s, "CLOCK_RATE": rate}
+    return {
+        **given,
+        "LD_PRELOAD": ":".join(preloaded),
+        **{name: str(value) for name, value in settings.items()},
+    }
 
 
 def _environment(source: str, below: Path, trace: Path | None, **settings: float | str) -> dict[str, str]:

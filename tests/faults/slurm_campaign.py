@@ -62,12 +62,12 @@ def command(*argv: str) -> str:
     return done.stdout.strip()
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
+def wait_until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
     """Return once the condition holds; the deadline is one that only a hang reaches."""
-    end = time.monotonic() + DEADLINE_S
+    end = time.monotonic() + deadline_s
     while not condition():
         if time.monotonic() > end:
-            pytest.fail(f"not so after {DEADLINE_S} s: {what}\n{command('squeue', '-l', '--states=all')}")
+            pytest.fail(f"not so after {deadline_s} s: {what}\n{command('squeue', '-l', '--states=all')}")
         time.sleep(0.2)
 
 

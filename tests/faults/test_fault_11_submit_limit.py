@@ -21,7 +21,7 @@ def other_jobs(campaign: OnSlurm, count: int) -> None:
         command("sbatch", "--hold", "--qos=tiny", "--partition=gpu", name, "--wrap=true")
 
 
-def test_a_known_limit_is_never_run_into_and_leaves_room_for_a_controller(
+def test_a_known_limit_is_never_run_into_and_other_jobs_count_towards_it(
     campaign_on: MakeCampaign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails if the QOS's limit is not read, if other jobs of the user are not counted, or if the rest never follows."""
@@ -30,7 +30,7 @@ def test_a_known_limit_is_never_run_into_and_leaves_room_for_a_controller(
     campaign.shim(monkeypatch, "sbatch", COUNT_REFUSALS)
     campaign.finish_stage()
     assert set((campaign.base / "codes").read_text().split()) == {"0"}
-    assert len(campaign.records("0001-intent.json")[0]["tasks"]) == 2  # 4 - 1 other - 1 controller
+    assert len(campaign.records("0001-intent.json")[0]["tasks"]) == 3  # 4 - 1 other
     assert campaign.records("-rejected.json") == []
     campaign.assert_undisturbed()
 

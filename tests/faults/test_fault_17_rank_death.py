@@ -18,7 +18,7 @@ from tiny import CAMPAIGN, history_of, kill, processes_of
 ENDLESS = 100_000
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_the_other_rank_of_a_killed_one_ends_with_an_error_and_a_new_pair_goes_on(
     victim: int, tmp_path: Path
 ) -> None:

@@ -1,10 +1,11 @@
 """Fault 18: a writer of checkpoints is killed anywhere: there is always a good one, and leftovers are ignored.
 
-Run as a script, this file kills writers at random moments: `python test_fault_18_checkpoint_torn.py FOLDER SEED KILLS`.
+Run as a script, this file forks writers and kills them: `python test_fault_18_checkpoint_torn.py FOLDER HOW KILLS`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
@@ -19,18 +20,8 @@ from shims import killed_at
 
 from hpcft.training.checkpoint import Checkpoint, load_latest, save_checkpoint
 
-# Three checkpoints more than there are, reported as each is durable.
-WRITE = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from test_fault_18_checkpoint_torn import make, next_epoch
-from hpcft.training.checkpoint import save_checkpoint
-folder = Path(sys.argv[2])
-for epoch in range(next_epoch(folder), next_epoch(folder) + 3):
-    save_checkpoint(folder, make(epoch))
-    print(epoch, flush=True)
-"""
+# Of three checkpoints, one after the other: at the third an old one goes.
+CALLS = 15
 
 
 def make(epoch: int) -> Checkpoint:
@@ -61,19 +52,11 @@ def assert_good(folder: Path, reported: int) -> None:
 
 def test_there_is_a_good_checkpoint_whichever_durable_call_a_writer_dies_at(tmp_path: Path) -> None:
     """Guards the order new file, rename, old file: fails if one is deleted before the next is safe."""
-    argv = [sys.executable, "-W", "ignore", "-c", WRITE, str(Path(__file__).parent), str(tmp_path)]
-    reported, died = 0, 0
-    for call in range(1, 15):
-        written = subprocess.run(
-            argv, env=killed_at(call, tmp_path), stdout=subprocess.PIPE, text=True, check=False
-        )
-        assert written.returncode in (0, -signal.SIGKILL)
-        died += written.returncode != 0
-        reported = max([reported, *map(int, written.stdout.split())])
-        assert_good(tmp_path, reported)
-        reported = next_epoch(tmp_path) - 1
-    assert died == 14
-    assert reported > 2
+    argv = [sys.executable, "-W", "ignore", __file__, str(tmp_path), "every-call", str(CALLS)]
+    done = subprocess.run(argv, env=killed_at(0, tmp_path), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == str(CALLS)
+    assert next_epoch(tmp_path) > 4
 
 
 @pytest.mark.parametrize(
@@ -92,21 +75,26 @@ def test_there_is_a_good_checkpoint_after_kills_at_random_moments(
     assert len([path for path in tmp_path.iterdir() if path not in leftovers]) <= 3
 
 
-def kill_writers(folder: Path, seed: int, kills: int) -> None:
-    """Fork a writer, kill it, look at what it has left; over and over."""
-    chance = random.Random(seed)
+def kill_writers(folder: Path, how: str, kills: int) -> None:
+    """Fork a writer that is killed at a random moment, or dies at its Nth durable call, and look at what it has left."""
+    chance = random.Random(how)
     for number in range(1, kills + 1):
         reading, writing = os.pipe()
         before = next_epoch(folder)
         pid = os.fork()
         if pid == 0:
+            if how == "every-call":
+                shim = ctypes.CDLL(None)
+                ctypes.c_long.in_dll(shim, "shim_calls").value = 0
+                ctypes.c_long.in_dll(shim, "shim_at").value = number
             for epoch in range(before, before + 10_000):
                 save_checkpoint(folder, make(epoch))
                 os.write(writing, b"%d\n" % epoch)
         os.close(writing)
-        time.sleep(chance.uniform(0.0, 0.05))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        if how != "every-call":
+            time.sleep(chance.uniform(0.0, 0.05))
+            os.kill(pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
         with os.fdopen(reading) as stream:
             reported = [int(line) for line in stream]
         assert_good(folder, reported[-1] if reported else before - 1)
@@ -114,4 +102,4 @@ def kill_writers(folder: Path, seed: int, kills: int) -> None:
 
 
 if __name__ == "__main__":
-    kill_writers(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    kill_writers(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -28,7 +28,7 @@ def train(folder: Path, kill_after: int | None = None, world_size: int = 1, toke
     assert codes == [0 if kill_after is None else -signal.SIGKILL] * world_size
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_n_epochs_a_kill_and_n_more_are_2n_epochs_to_the_last_bit(world_size: int, tmp_path: Path) -> None:
     """Guards that a checkpoint holds all state: fails if optimiser, sampler or schedule begin anew."""
     train(tmp_path / "whole", world_size=world_size)

@@ -1,6 +1,6 @@
 """Fault 36: numbers that are none send a training back to its last good checkpoint on a lower learning rate; then it fails.
 
-Run as a script, this file is one rank of a training: `python test_fault_36_loss_nan.py CASE RANK WORLD_SIZE FOLDER`.
+Run as a script, this file is one rank of a training: `python test_fault_36_loss_nan.py CASES RANK WORLD_SIZE FOLDER`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from hpcft.training.rank import Rank
 from hpcft.training.trainer import MAX_SETBACKS, NotFinite, Trainer, TrainingData, TrainingSettings
 
 EPOCHS = 6
-# On these rates a step throws the bond length out to where forces overflow; an eighth of the second is sane.
-STEEP, STEEPEST = 1.0, 4.0
+# On this rate a step throws the bond length out to where forces overflow; an eighth of it is sane.
+STEEP = 4.0
 
 
 def labelled(absurd: float | None = None) -> list[Atoms]:
@@ -71,7 +71,7 @@ def test_a_training_that_diverges_goes_on_as_if_its_rate_had_been_lower_from_the
     """Guards the way back: weights, optimiser and history of the good checkpoint, and a rate lower by exact halves."""
     (tmp_path / "sane").mkdir()
     (tmp_path / "steep").mkdir()
-    sane, steep = trainer(STEEPEST / 2**MAX_SETBACKS), trainer(STEEPEST)
+    sane, steep = trainer(STEEP / 2**MAX_SETBACKS), trainer(STEEP)
     expected = sane.run(tmp_path / "sane")
     assert steep.run(tmp_path / "steep") == expected
     assert weights(steep) == weights(sane)
@@ -107,12 +107,12 @@ def test_weights_that_are_no_numbers_never_reach_a_checkpoint(tmp_path: Path) ->
     def spoil(*_: object) -> None:
         nonlocal number
         number += 1
-        if number > 4:  # of the third epoch's last step on, whatever is tried
+        if number >= 6 and number % 2 == 0:  # the last step of the third epoch, whenever it is tried
             with torch.no_grad():
                 run.parameters[0].fill_(math.nan)
 
     run.optimiser.register_step_post_hook(spoil)
-    with pytest.raises(NotFinite, match="weights are not finite at the end of epoch 3|loss is nan"):
+    with pytest.raises(NotFinite, match="weights are not finite at the end of epoch 3"):
         run.run(tmp_path)
     checkpoint = load_latest(tmp_path)
     assert checkpoint is not None and checkpoint.epoch == 2
@@ -120,47 +120,46 @@ def test_weights_that_are_no_numbers_never_reach_a_checkpoint(tmp_path: Path) ->
     assert all(torch.isfinite(p).all() for p in run.parameters)
 
 
-CASES = {"steep": (STEEPEST, None), "absurd": (0.01, 1e6)}
+CASES = {"steep": (STEEP, None), "absurd": (0.01, 1e6)}
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 3])
+@pytest.mark.parametrize("epoch", [3, *(pytest.param(e, marks=pytest.mark.nightly) for e in (0, 1, 2))])
 def test_a_training_killed_after_a_setback_ends_in_the_same_weights_history_and_log(
     epoch: int, tmp_path: Path
 ) -> None:
     """Guards that setbacks are part of the checkpoint; before the next one they are met again (epoch 0: at the setback)."""
     for name in ("undisturbed", "killed"):
         (tmp_path / name).mkdir()
-    undisturbed = trainer(STEEPEST, checkpoint_every=2)
+    undisturbed = trainer(STEEP, checkpoint_every=2)
     expected = undisturbed.run(tmp_path / "undisturbed")
     argv = [sys.executable, "-W", "ignore", __file__, "steep", "0", "1", str(tmp_path / "killed")]
     killed = subprocess.run([*argv, str(epoch)], check=False)
     assert killed.returncode == -signal.SIGKILL
-    again = trainer(STEEPEST, checkpoint_every=2)
+    again = trainer(STEEP, checkpoint_every=2)
     assert again.run(tmp_path / "killed") == expected
     assert weights(again) == weights(undisturbed)
     assert again.log() == undisturbed.log()
     assert sum("setback" in row for row in again.log()) == MAX_SETBACKS
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_all_ranks_go_back_together_and_end_alike(case: str, tmp_path: Path) -> None:
+def test_all_ranks_go_back_together_and_end_alike(tmp_path: Path) -> None:
     """Guards the agreement of ranks: the bad structure is in one rank's share only, and none waits for another."""
-    rate, absurd = CASES[case]
-    argv = [sys.executable, "-W", "ignore", __file__, case]
+    argv = [sys.executable, "-W", "ignore", __file__, ",".join(CASES)]
     ranks = [subprocess.Popen([*argv, str(rank), "2", str(tmp_path)]) for rank in range(2)]
     try:
         assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()
-    (tmp_path / "alone").mkdir()
-    alone = trainer(rate, absurd)
-    ended = run_and_tell(alone, tmp_path / "alone")
-    for rank in range(2):
-        told = json.loads((tmp_path / f"rank-{rank}.json").read_text())
-        assert told["setbacks"] == len(alone.setbacks)
-        assert told["error"][:40] == ended[:40]
-        assert told["length"] == pytest.approx(float(alone.parameters[2].detach()), rel=1e-9)
+    for case, (rate, absurd) in CASES.items():
+        (tmp_path / f"{case}-alone").mkdir()
+        alone = trainer(rate, absurd)
+        ended = run_and_tell(alone, tmp_path / f"{case}-alone")
+        for rank in range(2):
+            told = json.loads((tmp_path / case / f"rank-{rank}.json").read_text())
+            assert told["setbacks"] == len(alone.setbacks) == MAX_SETBACKS
+            assert told["error"][:40] == ended[:40]
+            assert told["length"] == pytest.approx(float(alone.parameters[2].detach()), rel=1e-9)
 
 
 def run_and_tell(run: Trainer, folder: Path, **callbacks: Any) -> str:
@@ -186,20 +185,23 @@ def test_a_campaign_stops_with_the_label_that_broke_its_training(tmp_path: Path)
     assert [json.loads(line)["setback"] for line in log.read_text().splitlines()] == [1, 2, 3]
 
 
-def main(case: str, rank: int, world_size: int, folder: Path, kill_after: int | None) -> None:
+def main(cases: str, rank: int, world_size: int, folder: Path, kill_after: int | None) -> None:
     from hpcft.training.distributed import process_group
 
     def kill(row: dict[str, Any]) -> None:
         if row.get("epoch", 0) == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    me = Rank(rank, world_size, rank, token=case)
+    me = Rank(rank, world_size, rank)
     with process_group(me, folder, torch.device("cpu"), timeout_s=120):
-        run = trainer(*CASES[case], me, 1 if kill_after is None else 2)
-        error = run_and_tell(run, folder, on_epoch=kill, on_setback=kill)
-    length = float(run.parameters[2].detach())
-    told = {"setbacks": len(run.setbacks), "error": error, "length": length}
-    (folder / f"rank-{rank}.json").write_text(json.dumps(told))
+        for case in cases.split(","):
+            here = folder if kill_after is not None else folder / case
+            here.mkdir(exist_ok=True)
+            run = trainer(*CASES[case], me, 1 if kill_after is None else 2)
+            error = run_and_tell(run, here, on_epoch=kill, on_setback=kill)
+            length = float(run.parameters[2].detach())
+            told = {"setbacks": len(run.setbacks), "error": error, "length": length}
+            (here / f"rank-{rank}.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from fake_slurm import RUNNING, Clock, FakeSlurm, install, lines, new_manager, probe, small_campaign
 
-from hpcft.campaign import controllers
+from hpcft.campaign import controllers, detached
 from hpcft.campaign.controllers import detached_state, dismiss_controller, lost_controller, newest_controller
 from hpcft.campaign.detached import drive_detached, require_slurm, run_controller
 from hpcft.campaign.lease import lease
 from hpcft.campaign.manager import Manager
 from hpcft.config.site import default_site
 from hpcft.errors import CampaignStopped, LeaseHeld, SchedulerUnavailable, UserError
+from hpcft.storage.atomic import write_json
 from hpcft.storage.campaign_folder import CampaignFolder
 
 NAME = "hpcft-0123abcd-controller-{}"
@@ -118,14 +119,31 @@ def test_old_controllers_leave_their_words_and_no_files(folder: CampaignFolder, 
     assert "what the first one said" in folder.log.read_text()
 
 
-def test_a_controller_finds_another_manager_at_work_and_leaves_it_alone(
-    folder: CampaignFolder, manager: Manager
+def test_a_controller_that_finds_another_manager_at_work_looks_again_later(
+    folder: CampaignFolder, manager: Manager, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Should that manager have been about to leave, nobody would go on."""
+    monkeypatch.setattr(detached, "_LEAST_S", 0.0)
+    monkeypatch.setattr(detached, "_RESERVE_S", 1e9)
+    monkeypatch.setattr(detached, "_LEASE_POLL_S", 0.0)
     drive_detached(manager)
-    assert "drives this campaign already" in run_controller(str(folder.root), 1)
-    controller = newest_controller(folder)
-    assert controller is not None
-    assert "drives this campaign already" in str(controller.over)
+    assert run_controller(str(folder.root), 1) == "controller job 814 follows"
+    assert "#SBATCH --begin=now+600\n" in script_of(folder, 2)
+
+
+def test_a_higher_number_whose_submission_never_happened_is_no_successor(
+    folder: CampaignFolder, manager: Manager, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier execution of the same job was killed before its sbatch, and the job was requeued."""
+    monkeypatch.setattr(detached, "_LEAST_S", 0.0)
+    monkeypatch.setattr(detached, "_RESERVE_S", 1e9)
+    monkeypatch.setattr(detached, "_LEASE_POLL_S", 0.0)
+    drive_detached(manager)
+    write_json(folder.controllers / "0002-intent.json", {"job_name": NAME.format(2), "at": 0.0})
+    slurm.shows(f"814|{NAME.format(2)}|PENDING|Dependency||")
+    assert run_controller(str(folder.root), 1) == "superseded"
+    slurm.shows()
+    assert run_controller(str(folder.root), 1) == "controller job 814 follows"
 
 
 def test_a_campaign_on_this_machine_cannot_be_left_to_slurm() -> None:
@@ -150,6 +168,7 @@ def test_tasks_that_wait_for_room_are_followed_up_when_the_oldest_array_is_over(
     folder: CampaignFolder, slurm: FakeSlurm
 ) -> None:
     manager = new_manager(folder, Clock(), max_array_size=1, max_submitted=2)
+    manager.leaves_controller = True
     manager.step(), manager.step()
     slurm.shows(*[line.replace("812_0", "812") for line in lines(RUNNING)])
     assert drive_detached(manager) == "813"

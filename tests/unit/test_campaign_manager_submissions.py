@@ -99,7 +99,9 @@ def test_a_submission_without_an_answer_is_looked_for_and_adopted_when_it_shows(
     clock.now += 60
     slurm.shows(*lines(HELD, HELD))
     assert manager.step().actions == (Adopt(0, "probe", 1, ("812_0", "812_1")),)
-    assert slurm.log() == ["scontrol release 812 [0001-intent.json 0001-submitted.json 0001-unconfirmed.json ]"]
+    assert slurm.log() == [
+        "scontrol release 812 [0001-intent.json 0001-submitted.json 0001-unconfirmed.json ]"
+    ]
     assert attempts(folder)[0].job_ids == {0: "812_0", 1: "812_1"}
     inputs = {path.name for path in probe(folder).logs(1).glob("*_submitted.pkl")}
     assert inputs >= {"812_0_submitted.pkl", "812_1_submitted.pkl"}

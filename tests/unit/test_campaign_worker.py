@@ -30,6 +30,7 @@ def test_a_task_runs_once_and_leaves_its_result(folder: CampaignFolder) -> None:
         "peak_memory_MiB",
         "host",
         "hpcft_version",
+        "at",
     }
     assert result["about"]["attempt"] == 1
     before = files(folder, 2)
