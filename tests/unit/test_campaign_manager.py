@@ -105,7 +105,7 @@ def test_a_finished_stage_is_packed_and_its_results_still_read_the_same(
         write_structures(probe(folder).task(task).path / "frames.h5", [bulk("Cu")])
     manager.step()
     assert probe(folder).outcomes.exists()  # the next stage comes first: packing many tasks takes a while
-    turns(manager, 3)
+    manager.tidy_finished(read_records(folder))
     assert {path.name for path in probe(folder).path.iterdir()} >= {"results.jsonl", "history.zip"}
     assert not probe(folder).outcomes.exists()
     assert not probe(folder).attempts.exists()
@@ -122,7 +122,7 @@ def test_a_stage_that_a_killed_manager_left_unpacked_is_packed_by_the_next(
         write_structures(probe(folder).task(task).path / "frames.h5", [bulk("Cu")])
     successor = new_manager(folder, clock)
     assert successor.step().actions == (Plan(0, "reference"),)
-    turns(successor, 2)
+    successor.tidy_finished(read_records(folder))
     assert not probe(folder).outcomes.exists()
     assert sorted(probe(folder).read_results()) == [0, 1]
 
@@ -339,6 +339,10 @@ def test_resume_tries_failed_labels_again_only_where_nothing_else_is_missing(
 
     (second.path / "not yet").rename(second.result)
     record_resume(folder, 2.0)
+    assert first.result.exists(), "nothing has stopped: what is tolerated is not paid for again"
+    write_json(folder.stopped, {"round": 0, "stage": "probe", "why": "too many failed", "at": 2.5})
+    record_resume(folder, 3.0)
+    assert not folder.stopped.exists()
     assert not first.result.exists()
     assert second.result.exists()
     assert (first.path / RETRY_FAILURES).exists()

@@ -22,8 +22,8 @@ from decisions import (
 
 from hpcft.campaign.decide import (
     LIMIT_BACKOFF_S,
+    LONGEST_SETTLING_S,
     MAX_UNCONFIRMED,
-    SETTLING_S,
     Action,
     Observation,
     SetAside,
@@ -239,10 +239,10 @@ def test_submissions_that_never_arrive_are_not_repeated_for_ever() -> None:
         for number in range(1, MAX_UNCONFIRMED + 1)
     )
     stage = StageRecord(1, "label", 1, attempts)
-    [stop] = decide(Records((stage,), 1), Observation(), SETTLING_S, Limits())
+    [stop] = decide(Records((stage,), 1), Observation(), LONGEST_SETTLING_S, Limits())
     assert isinstance(stop, Stop)
-    assert "20 submissions in a row were not confirmed" in stop.why
+    assert "100 submissions in a row were not confirmed" in stop.why
     assert "Unspecified error" in stop.why
     again = replace(stage, resumed_after=MAX_UNCONFIRMED)
-    [submission] = decide(Records((again,), 1), Observation(), SETTLING_S, Limits())
+    [submission] = decide(Records((again,), 1), Observation(), LONGEST_SETTLING_S, Limits())
     assert isinstance(submission, Submit)
