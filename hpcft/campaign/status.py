@@ -36,7 +36,10 @@ def describe(folder: CampaignFolder, run: slurm.Run | None = None) -> dict[str, 
     state = "finished" if stage is None else "running" if manager else "detached" if controller else "idle"
     problems = [] if stage is None else [*_stop(folder, stage), *_problems(folder, stage, queue)]
     if controller is not None and manager is None:
-        state, trouble = _watched(folder, controller, ask)
+        silent = queue is not None and not queue["answers"]  # asking again would double the wait
+        state, trouble = (
+            ("detached", []) if silent and not controller["over"] else _watched(folder, controller, ask)
+        )
         problems[:0] = trouble
     return {
         "name": identity["name"],
