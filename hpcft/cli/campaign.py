@@ -197,7 +197,7 @@ def cancel(directory: CampaignDir) -> None:
     from hpcft.campaign.settings import campaign_of, site_of
     from hpcft.cluster.slurm import job_is_over
 
-    folder = CampaignFolder(directory.absolute())
+    folder = opened(directory)
     site = site_of(folder)
     is_slurm = site.executor == "slurm"
     if is_slurm:
