@@ -29,6 +29,7 @@ from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, stages_of
 DRIVE = """
 import sys, time
 from pathlib import Path
+from hpcft.campaign.records import read_records
 from hpcft.campaign.settings import site_of
 from hpcft.cli.drive import managing, opened
 folder = opened(Path(sys.argv[1]))
@@ -37,7 +38,9 @@ with managing(folder, site_of(folder), False, resumed=False) as manager:
     while not stage.product.exists():
         turn = manager.step()
         if turn.is_idle:
+            print("idle:", *turn.actions, flush=True)
             time.sleep(0.2)
+    manager.tidy_finished(read_records(folder))
 """
 
 

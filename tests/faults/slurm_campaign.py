@@ -67,7 +67,7 @@ def wait_until(condition: Callable[[], object], what: str, deadline_s: float = D
     end = time.monotonic() + deadline_s
     while not condition():
         if time.monotonic() > end:
-            pytest.fail(f"not so after {deadline_s} s: {what}\n{command('squeue', '-l', '--states=all')}")
+            pytest.fail(f"not so after {deadline_s} s: {what}\n{_queue()}")
         time.sleep(0.2)
 
 
@@ -275,6 +275,7 @@ def _template() -> Template:
 
 def _run_here(folder: CampaignFolder, stage: str) -> None:
     """Plan a stage of round 0, run its tasks in this process, collect it."""
+    from hpcft.campaign.tidy import tidy
     from hpcft.campaign.worker import run_task
 
     where = folder.stage(0, stage)
@@ -286,6 +287,7 @@ def _run_here(folder: CampaignFolder, stage: str) -> None:
         for task in tasks:
             assert run_task(str(folder.root), 0, stage, task, 1) == "done"
         manager.step()
+        tidy(where)
     assert where.product.exists()
 
 

@@ -15,6 +15,7 @@ from tiny import assert_same_results, hpcft, hpcft_to_end, processes_of, write_c
 
 from hpcft.campaign.controllers import newest_controller
 from hpcft.campaign.status import describe
+from hpcft.campaign.tidy import is_tidy
 from hpcft.cli.drive import drive_and_leave
 from hpcft.storage.atomic import write_json
 
@@ -73,6 +74,7 @@ def test_controllers_alone_take_a_stage_to_its_end_within_a_limit_on_submitted_j
     assert outside_of_jobs(campaign.root) == []
     wait_until(campaign.here.product.exists, "the controllers have finished the stage")
     wait_until(campaign.folder.stage(0, "evaluate").submitted(1).exists, "they go on to the next one")
+    wait_until(lambda: is_tidy(campaign.here), "and have packed this one")
     assert set((campaign.base / "codes").read_text().split()) == {"0"}
     assert len(campaign.records("-intent.json")) == 2
     assert campaign.records("-rejected.json") == []

@@ -87,16 +87,18 @@ def test_a_manager_refuses_and_names_the_controller_job_that_is_at_work(
     assert len(campaign.arrays()) == 1
 
 
-def test_a_controller_that_starts_beside_a_manager_leaves_the_campaign_to_it(campaign: OnSlurm) -> None:
-    """Fails if a controller does not ask for the lease, or leaves a successor although it did not get it."""
+def test_a_controller_that_starts_beside_a_manager_waits_for_its_end_and_goes_on(campaign: OnSlurm) -> None:
+    """Fails if a controller drives beside a manager, or gives up while there is one and leaves the campaign to nobody."""
     campaign.gate.touch()
     with campaign.managed() as manager:
         campaign.submit(manager)
-        submit_controller(manager, [])
-        wait_until(lambda: getattr(newest_controller(campaign.folder), "over", None), "it has given up")
-        controller = newest_controller(campaign.folder)
-        assert controller is not None and controller.over is not None
-        assert controller.number == 1
-        assert controller.over.startswith(f"process {os.getpid()} on {socket.gethostname()} drives")
+        job_id = submit_controller(manager, [])
+        wait_until(lambda: campaign.jobs("controller-")[job_id][1] == "RUNNING", "the controller runs")
         manager.step()
+        assert (holder(campaign.folder.leases) or {})["pid"] == os.getpid()
+        assert newest_controller(campaign.folder).number == 1  # type: ignore[union-attr]
+    wait_until(lambda: job_is_over(job_id), "the controller has done its part")
+    second = newest_controller(campaign.folder)
+    assert second is not None
+    assert (second.number, second.over) == (2, None)
     assert len(campaign.arrays()) == 1
