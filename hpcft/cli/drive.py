@@ -18,7 +18,7 @@ from hpcft.errors import UserError
 from hpcft.storage.campaign_folder import CampaignFolder
 
 if TYPE_CHECKING:
-    from hpcft.campaign.manager import Manager
+    from hpcft.campaign.manager import Manager, Turn
     from hpcft.cli.progress import Progress
     from hpcft.config.site import Site
 
@@ -116,8 +116,13 @@ def drive(folder: CampaignFolder, site: Site, take_over: bool, *, resumed: bool 
 
     with managing(folder, site, take_over, resumed=resumed) as manager, Progress(folder) as progress:
         try:
-            with _hearing_hang_ups():
-                manager.run(progress.show)
+            with _hearing_the_terminal() as check:
+
+                def on_turn(turn: Turn) -> None:
+                    check()
+                    progress.show(turn)
+
+                manager.run(on_turn)
         except HangUp:
             return _go_on_without_terminal(manager, progress)
         except KeyboardInterrupt:
@@ -162,20 +167,31 @@ def take_steps(folder: CampaignFolder, site: Site, take_over: bool) -> str:
 
 
 @contextlib.contextmanager
-def _hearing_hang_ups() -> Iterator[None]:
-    def hear(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # once is enough
-        raise HangUp
+def _hearing_the_terminal() -> Iterator[Callable[[], None]]:
+    """Ctrl-C and a hang-up end what is done at the moment. Yields a function that raises what was heard before.
 
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup
-        yield
-        return
-    before = signal.signal(signal.SIGHUP, hear)
+    An exception that is raised while Python runs a finaliser is lost: so it is asked for again in each turn.
+    """
+    heard: list[BaseException] = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # once is enough
+        heard.append(HangUp() if number == signal.SIGHUP else KeyboardInterrupt())
+        raise heard[-1]
+
+    def check() -> None:
+        if heard:
+            raise heard[-1]
+
+    wanted = [n for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, hear) for number in wanted}
     try:
-        yield
+        yield check
     finally:
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            signal.signal(signal.SIGHUP, before)
+        for number, handler in before.items():
+            if signal.getsignal(number) == hear:
+                signal.signal(number, handler)
 
 
 def _go_on_without_terminal(manager: Manager, progress: Progress) -> bool:

@@ -42,7 +42,9 @@ def outside_of_jobs(root: Path) -> list[int]:
     for pid in processes_of(root):
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
-            if not any("slurmstepd" in parent.name() for parent in process.parents()):
+            of_job = any("slurmstepd" in parent.name() for parent in process.parents())
+            # One that is dying may have lost its parents; its environment still tells.
+            if not of_job and "SLURM_JOB_ID" not in process.environ() and process.is_running():
                 found.append(pid)
     return found
 

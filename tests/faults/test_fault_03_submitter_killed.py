@@ -33,7 +33,7 @@ def test_jobs_that_were_submitted_and_not_recorded_are_adopted_by_the_next_manag
     killed_manager(campaign)
     assert not campaign.here.submitted(1).exists()
     # Without their inputs, which submitit writes after sbatch, none of them may start.
-    assert {state for _, state in campaign.jobs().values()} == {"PENDING"}
+    assert command("squeue", "--me", "-h", "-o", "%j %r") == f"{campaign.prefix}r0-reference-1 JobHeldUser"
     with campaign.managed() as manager:
         turns = campaign.finish_stage(manager)
     assert sum(isinstance(action, Adopt) for turn in turns for action in turn.actions) == 1

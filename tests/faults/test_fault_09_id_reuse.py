@@ -62,15 +62,3 @@ def test_another_s_job_that_got_our_number_is_neither_taken_for_ours_nor_touched
     assert campaign.endings() == {(0, 1): "lost", (1, 1): "lost"}
     assert array not in campaign.arrays()
     campaign.assert_undisturbed()
-
-
-def test_a_second_attempt_under_the_number_of_the_first_is_told_from_it(
-    campaign: OnSlurm, cluster: Any
-) -> None:
-    """Fails if a new attempt's jobs or results are mixed up with those of an older one of the same number."""
-    with campaign.managed() as manager:
-        array = submit_and_forget(campaign, manager, cluster)
-        campaign.finish_stage(manager)
-    assert campaign.arrays() == {array: f"{campaign.prefix}r0-reference-2"}
-    assert campaign.job_ids(1) == campaign.job_ids(2)
-    campaign.assert_undisturbed()

@@ -15,15 +15,17 @@ import psutil
 import pytest
 from one_stage import drive, drive_to_end, labels_to_do, said
 from shims import killed_at
-from slurm_campaign import OnSlurm
-from tiny import kill, processes_of
+from slurm_campaign import NUM_TASKS, OnSlurm
+from tiny import kill, processes_of, submissions_of
 
+from hpcft.campaign.decide import SETTLING_S
 from hpcft.campaign.tidy import is_tidy
+from hpcft.cluster.local import lock_is_held
+from hpcft.storage.atomic import read_json
 
 # A manager makes some 75 durable calls below the campaign from its lease to its last step; later numbers kill nobody.
 MOST_CALLS = 90
 MOMENTS = {
-    "jobs run, but their ids are not recorded": "0001-submitted.json",
     "the last result is there, but not the product": "product.json",
     "the stage is half packed": "0000.result.json",
 }
@@ -33,18 +35,7 @@ def die_and_go_on(campaign: OnSlurm, environment: dict[str, str]) -> int:
     """A manager that dies, then one that does not; the first one's exit status."""
     status = drive(campaign.folder, 0, "reference", environment).wait(timeout=300)
     assert status in (0, -signal.SIGKILL), said(campaign.folder)
-    log = campaign.root.parent / "driven.log"
-    idle = said(campaign.folder).count("idle:")
-    for pid in (tasks := processes_of(campaign.root)):
-        os.kill(
-            pid, signal.SIGSTOP
-        )  # so that the next manager finds them not quite there, however slow it is to start
-    manager = drive(campaign.folder, 0, "reference")
-    wait_until(lambda: not tasks or log.read_text().count("idle:") >= idle + 3, manager.pid)
-    for pid in tasks:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
-    assert manager.wait(timeout=120) == 0, said(campaign.folder)
+    drive_to_end(campaign.folder, 0, "reference")
     drive_to_end(campaign.folder, 0, "reference")  # packs what a job that was just ending has left
     assert is_tidy(campaign.here)
     campaign.assert_undisturbed()
@@ -55,10 +46,43 @@ def die_and_go_on(campaign: OnSlurm, environment: dict[str, str]) -> int:
 def test_a_manager_killed_at_a_delicate_moment_is_followed_by_one_that_repeats_nothing(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards the wait for jobs that may run, collecting again, packing again: fails if a task or a label is run twice."""
+    """Guards collecting and packing again: fails if either takes what a dead manager has left for the whole."""
     campaign = labels_to_do(tmp_path, monkeypatch)
     environment = killed_at(1, campaign.root, MOMENTS[moment])
     assert die_and_go_on(campaign, environment) == -signal.SIGKILL
+
+
+@pytest.mark.nightly
+def test_tasks_that_run_although_their_submission_is_not_recorded_are_found_by_their_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards adoption on this machine: fails if a submission without job ids is taken for one that never arrived."""
+    campaign = labels_to_do(tmp_path, monkeypatch)
+    dying = killed_at(1, campaign.root, "0001-submitted.json")
+    assert drive(campaign.folder, 0, "reference", dying).wait(timeout=300) == -signal.SIGKILL
+    tasks = [campaign.here.task(number) for number in range(NUM_TASKS)]
+    while not all(task.lock.exists() and (lock_is_held(task.lock) or task.result.exists()) for task in tasks):
+        time.sleep(0.01)
+    stopped = processes_of(campaign.root)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)  # they hold their locks for as long as it takes
+    manager = drive(campaign.folder, 0, "reference")
+    try:
+        submitted = read_json(campaign.here.intent(1))["at"]
+        while manager.poll() is None and not (
+            time.time() > submitted + 1.5 * SETTLING_S and said(campaign.folder).count("idle:") > 3
+        ):
+            time.sleep(0.1)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        assert manager.wait(timeout=120) == 0, said(campaign.folder)
+    finally:
+        kill([manager.pid, *stopped])
+        manager.wait()
+    assert submissions_of(campaign.root, "round-000/reference") == [
+        "round-000/reference/attempts/0001-intent.json"
+    ]
+    campaign.assert_undisturbed()
 
 
 @pytest.mark.nightly
