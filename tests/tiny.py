@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -107,7 +108,8 @@ def processes_of(root: Path) -> list[int]:
     for process in psutil.process_iter(["pid", "cmdline"]):
         if any(str(root) in argument for argument in process.info["cmdline"] or []):
             found.append(process.pid)
-            found += [child.pid for child in process.children(recursive=True)]
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+                found += [child.pid for child in process.children(recursive=True)]
     return sorted(set(found))
 
 

@@ -46,7 +46,8 @@ def has_begun_to_train(root: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    "moment", [has_begun_to_label, pytest.param(has_begun_to_train, marks=pytest.mark.nightly)]
+    "moment",
+    [pytest.param(moment, marks=pytest.mark.nightly) for moment in (has_begun_to_label, has_begun_to_train)],
 )
 def test_a_campaign_archived_in_the_middle_of_a_stage_ends_elsewhere_as_if_it_had_never_moved(
     moment: Callable[[Path], bool], finished: Path, tmp_path: Path
