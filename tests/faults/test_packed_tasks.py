@@ -42,5 +42,7 @@ def test_a_rank_that_dies_in_a_packed_job_leaves_the_other_task_alone_and_only_i
     assert [ending["cause"] for ending in case.ends(0)] == ["failed"] and case.ends(1) == []
     assert [intent["tasks"] for intent in case.intents()] == [[0, 1], [0]]
     assert [case.result(task)["about"]["attempt"] for task in (0, 1)] == [2, 1]
-    assert len(case.labels_paid()) == len(set(case.labels_paid())) == NUM_LABELS
+    # The label that the dead rank had in hand may have been computed, and not yet been written down.
+    assert len(set(case.labels_paid())) == NUM_LABELS
+    assert len(case.labels_paid()) <= NUM_LABELS + 1
     assert_same_data(undisturbed_in_two["end"], case.root, "reference")

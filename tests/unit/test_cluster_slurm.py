@@ -30,7 +30,7 @@ def test_the_queue_is_asked_for_each_element_of_this_users_arrays() -> None:
     slurm = Slurm()
     assert queue(OURS, slurm) == []
     assert slurm.commands == [
-        ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%j|%T|%r|%N"]
+        ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%j|%T|%r|%N|%a|%q"]
     ]
 
 
