@@ -47,6 +47,18 @@ class SlowEMT(CountingEMT):
         time.sleep(0.02)
 
 
+class GatedEMT(CountingEMT):
+    """Computes nickel only when the file `gate` exists, and waits for it till then."""
+
+    def __init__(self, calls: str, gate: str) -> None:
+        super().__init__(calls)
+        self.gate = gate
+
+    def before(self, atoms: Atoms) -> None:
+        while "Ni" in atoms.get_chemical_symbols() and not os.path.exists(self.gate):
+            time.sleep(0.02)
+
+
 class HangingEMT(CountingEMT):
     """Hangs on structures with gold, after it started processes: one in its session and one that left it."""
 

@@ -102,8 +102,11 @@ def test_equal_structures_in_one_shard_are_paid_for_once(
 
 
 def test_a_supervisor_that_is_killed_ends_the_run_and_blames_no_structure(
-    tmp_path: Path, counting: Reference, metals: Metals, wait_until_gone: Callable[[list[int]], None]
+    tmp_path: Path, metals: Metals, wait_until_gone: Callable[[list[int]], None]
 ) -> None:
+    gated = Reference(
+        "calculators.GatedEMT", {"calls": str(tmp_path / "calls"), "gate": str(tmp_path / "gate")}
+    )
     items = [Item.single_point(atoms) for atoms in metals("Cu", "Ni")]
     family: list[psutil.Process] = []
 
@@ -113,13 +116,14 @@ def test_a_supervisor_that_is_killed_ends_the_run_and_blames_no_structure(
 
     with pytest.raises(RuntimeError, match="supervises"):
         label_items(
-            items, counting, tmp_path / "shard", scratch=tmp_path / "scratch", on_progress=kill_supervisor
+            items, gated, tmp_path / "shard", scratch=tmp_path / "scratch", on_progress=kill_supervisor
         )
     assert sorted(read_journals(tmp_path / "shard")) == [0]
     assert len(family) == 2
     assert list((tmp_path / "scratch").iterdir()) == []
     wait_until_gone([process.pid for process in family])
-    assert label_items(items, counting, tmp_path / "shard", attempt=1).num_done == 2
+    (tmp_path / "gate").touch()
+    assert label_items(items, gated, tmp_path / "shard", attempt=1).num_done == 2
 
 
 def test_failures_are_tried_again_only_for_the_causes_asked_for(
