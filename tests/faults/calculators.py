@@ -55,7 +55,7 @@ class GatedEMT(CountingEMT):
         self.gate = gate
 
     def before(self, atoms: Atoms) -> None:
-        while "Ni" in atoms.get_chemical_symbols() and not os.path.exists(self.gate):
+        while "Ni" in atoms.get_chemical_symbols() and not Path(self.gate).exists():
             time.sleep(0.02)
 
 
