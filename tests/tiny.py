@@ -81,8 +81,10 @@ def write_campaign(folder: Path, changes: Mapping[str, Any] | None = None) -> Pa
 def hpcft(*arguments: object, cwd: Path, output: Any = subprocess.PIPE) -> subprocess.Popen[str]:
     """Start the real command in a session of its own. (Tasks that outlive it hold a pipe open: pass a file then.)"""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # The tests themselves may run under nohup, or in the background of a script without job control.
+    heeding = ["env", "--default-signal=HUP,INT"]
     return subprocess.Popen(
-        [sys.executable, "-m", "hpcft", *map(str, arguments)],
+        [*heeding, sys.executable, "-m", "hpcft", *map(str, arguments)],
         cwd=cwd,
         env=environment,
         text=True,

@@ -11,6 +11,8 @@ import pytest
 from slurm_campaign import MakeCampaign, OnSlurm, is_waiting, wait_until
 from tiny import hpcft, hpcft_to_end
 
+from hpcft.storage.atomic import write_text
+
 pytestmark = pytest.mark.slurm
 
 
@@ -63,7 +65,7 @@ def test_jobs_that_run_come_to_their_end_without_a_controller_and_count_once_it_
     """Fails if a manager that cannot see its jobs takes them for lost, or `status` forgets what was seen last."""
     campaign = campaign_on(obedient=True)
     orders, outcomes = campaign.base / "orders", campaign.here.outcomes
-    orders.write_text("wait 0")
+    write_text(orders, "wait 0")
     with campaign.managed() as manager:
         campaign.submit(manager)
         wait_until(lambda: len(list(outcomes.glob("*.run-*"))) == 2, "both tasks run")
@@ -75,7 +77,7 @@ def test_jobs_that_run_come_to_their_end_without_a_controller_and_count_once_it_
         state = json.loads(hpcft_to_end("status", campaign.root, "--json", cwd=campaign.base))
         assert state["queue"]["running"] == 2
         assert "2 running, as of " in state["summary"]
-        orders.write_text("go")
+        write_text(orders, "go")  # at once: a task that reads half of it would obey nobody
         wait_until(lambda: len(list(outcomes.glob("*.result.json"))) == 2, "both tasks end")
         campaign.finish_stage(manager)  # for that nobody needs a controller
         mended.up()

@@ -82,6 +82,7 @@ def test_the_same_campaign_gives_the_same_labels_and_the_same_model_bit_for_bit_
     assert len(submissions_of(root)) == 10  # nothing was submitted twice
 
 
+@pytest.mark.nightly
 def test_a_killed_manager_s_jobs_are_adopted_cancelled_jobs_are_submitted_again_and_the_result_is_the_same(
     on_slurm: Any, local: tuple[Path, Path], tmp_path: Path
 ) -> None:
