@@ -141,7 +141,7 @@ def _print_table(folder: CampaignFolder) -> None:
     from rich.console import Console
 
     from hpcft.report.results import read_results
-    from hpcft.report.table import results_table
+    from hpcft.report.table import relaxations_table, results_table
 
     results = read_results(folder)
     if results:
@@ -149,6 +149,8 @@ def _print_table(folder: CampaignFolder) -> None:
         # A pipe has no width of its own; a table that is cut is worth nothing.
         console.width = console.width if console.is_terminal else 140
         console.print(results_table(results, _confidence(folder), str(folder.read_identity()["name"])))
+        if (relaxations := relaxations_table(results, _confidence(folder))) is not None:
+            console.print(relaxations)
 
 
 def _write_report(folder: CampaignFolder) -> Path:

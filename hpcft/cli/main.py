@@ -8,7 +8,7 @@ import sys
 import typer
 
 from hpcft import __version__
-from hpcft.cli import archive, campaign, inspect, logs, mend, model, site
+from hpcft.cli import archive, campaign, inspect, logs, mend, model, relax, site
 from hpcft.errors import CampaignStopped, LabelError, LeaseHeld, SchedulerUnavailable, UserError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("logs")(logs.logs)
 app.command("cancel")(campaign.cancel)
 app.command("report")(campaign.report)
 app.command("inspect")(inspect.inspect)
+app.command("relax")(relax.relax)
 app.command("archive")(archive.archive)
 app.command("verify")(archive.verify)
 app.command("check")(site.check)

@@ -20,8 +20,9 @@ from hpcft.config.validate import (
     Fraction,
     InputFile,
     Name,
-    NonNegative,
     Positive,
+    Scheduled,
+    ScheduledCount,
     Section,
     Seed,
     Unit,
@@ -177,6 +178,8 @@ class Relaxations(Section):
     """Largest force on an atom at which a structure counts as relaxed, in eV/Å."""
     max_steps: Count = 300
     """Steps after which a relaxation gives up."""
+    cell: bool = False
+    """Whether the cell relaxes with the atoms, at zero pressure; the reference needs stresses then."""
 
     def _problems(self) -> Iterator[tuple[KeyPath, str]]:
         if self.train is not None and self.train == self.test:
@@ -185,18 +188,14 @@ class Relaxations(Section):
 
 
 class Weights(Section):
-    """Weights of the terms of the loss."""
+    """Weights of the terms of the loss, each a number or a schedule [[epoch, weight], ...]."""
 
-    energy: NonNegative = 1.0
-    """Weight of the energy per atom."""
-    forces: NonNegative = 1.0
-    """Weight of the forces."""
-    stress: NonNegative = 0.0
-    """Weight of the stress."""
-
-    def _problems(self) -> Iterator[tuple[KeyPath, str]]:
-        if self.energy == self.forces == self.stress == 0:
-            yield (), "energy, forces and stress are all 0, so nothing would be learned; raise one of them"
+    energy: Scheduled = 1.0
+    """Weight of the energy per atom; a number, or [[epoch, weight], ...]."""
+    forces: Scheduled = 1.0
+    """Weight of the forces; a number, or [[epoch, weight], ...]."""
+    stress: Scheduled = 0.0
+    """Weight of the stress; a number, or [[epoch, weight], ...]."""
 
 
 class Replay(Section):
@@ -206,25 +205,50 @@ class Replay(Section):
     """Labelled structures (extxyz with REF_energy, REF_forces)."""
     batch_size: Count = 2
     """Replay structures that join each global batch."""
-    weight: NonNegative = 1.0
-    """Weight of the replay loss beside that of the labels."""
+    weight: Scheduled = 1.0
+    """Weight of the replay loss beside that of the labels; a number, or [[epoch, weight], ...]."""
 
 
 class RelaxationTraining(Section):
     """Training through the iterated map of a relaxation (BPTT), towards those of relaxations.train."""
 
-    weight: Positive
-    """Weight of the loss on the relaxed structures."""
+    weight: Scheduled
+    """Weight of the loss on the relaxed structures, per amu^1/2 Å; a number, or [[epoch, weight], ...]."""
     every: Count = 1
     """Optimiser steps between two steps that include this loss."""
     batch_size: Count = 1
     """Relaxations in each such step."""
-    steps: Count = 20
-    """Relaxation steps that are trained through."""
+    steps: ScheduledCount = 40
+    """Relaxation steps at most; a number, or [[epoch, steps], ...], such as steps that grow."""
+    map: Literal["descent", "fire"] = "descent"
+    """What is iterated: descent (with momentum: heavy ball), or FIRE."""
     step_size: Annotated[Positive, Unit("Å²/eV")] = 0.05
-    """Displacement per force in Å²/eV."""
+    """Displacement per force of a descent in Å²/eV."""
     momentum: Fraction = 0.8
-    """Heavy-ball momentum of the relaxation."""
+    """Heavy-ball momentum of a descent; 0 is plain gradient descent."""
+    max_step: Annotated[Positive, Unit("Å")] = 0.2
+    """Longest way of an atom in one step in Å."""
+    learn_step_size: Literal["no", "global", "per-element"] = "no"
+    """Whether the step size of a descent is learned too, as one number or one for each element."""
+    fmax: Annotated[Positive, Unit("eV/Å")] | None = None
+    """Largest force at which a structure is at rest and stops, in eV/Å; left out: relaxations.fmax."""
+    engine: Literal["adjoint", "checkpoint", "plain", "finite-difference", "implicit"] = "adjoint"
+    """How the gradient is computed: see docs/relaxation.md; implicit takes the gradient at the converged minimum."""
+    last: Count | None = None
+    """Truncated BPTT: only the last so many steps are differentiated; left out: all."""
+
+    def _problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.learn_step_size != "no" and self.map != "descent":
+            yield (
+                ("learn_step_size",),
+                f"the map {self.map} has no step size to learn; use map: descent, or no",
+            )
+        if self.engine == "implicit" and (self.last is not None or self.learn_step_size != "no"):
+            key = "last" if self.last is not None else "learn_step_size"
+            yield (
+                (key,),
+                "engine: implicit does not unroll any steps; leave this key out, or use engine: adjoint",
+            )
 
 
 class Optimisation(Section):
@@ -247,6 +271,12 @@ class Optimisation(Section):
                 f"a batch of {self.batch_size} leaves some of the {self.ranks} ranks without a structure"
             )
             yield ("batch_size",), f"{problem}; raise batch_size, or lower ranks"
+        weights = (self.weights.energy, self.weights.forces, self.weights.stress)
+        if all(weight == 0 for weight in weights) and getattr(self, "relaxation", None) is None:
+            yield (
+                ("weights",),
+                "energy, forces and stress are all 0, so nothing would be learned; raise one of them",
+            )
 
 
 class Train(Optimisation):

@@ -6,11 +6,13 @@ It is strict: only whole numbers are converted, to floats, so `rounds: true` and
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import isclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, get_args
 
@@ -19,6 +21,8 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
+    PlainValidator,
     Strict,
     ValidationError,
     ValidationInfo,
@@ -105,7 +109,54 @@ def _input_file(path: Path, info: ValidationInfo) -> Path:
     return found
 
 
+def _scheduled(value: Any, least: float, what: str) -> float | tuple[tuple[float, float], ...]:
+    """A number, or [[epoch, value], ...] with epochs that increase."""
+    if _is_number(value):
+        if value < least:
+            raise ValueError(f"must be at least {shown(least)}, but is {shown(value)}")
+        if what == "a whole number":
+            if value != int(value):
+                raise ValueError(f"must be a whole number, but is {shown(value)}")
+            return int(value)
+        return float(value)
+    points = value if isinstance(value, list | tuple) else ()
+    if not points or not all(
+        isinstance(point, list | tuple) and len(point) == 2 and all(map(_is_number, point))
+        for point in points
+    ):
+        raise ValueError(
+            f"must be {what}, or a schedule such as [[0, 0.0], [5, 1.0]] with an epoch and a value at each point, but is "
+            f"{shown(value)}"
+        )
+    epochs = [float(epoch) for epoch, _ in points]
+    if epochs[0] < 0 or any(later <= earlier for earlier, later in pairwise(epochs)):
+        raise ValueError(f"the epochs of a schedule must increase from 0 on; they are {epochs}")
+    if min(at for _, at in points) < least:
+        raise ValueError(f"the values of a schedule must be at least {shown(least)}")
+    return tuple((float(epoch), float(at)) for epoch, at in points)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 Count = Annotated[int, Field(ge=1)]
+
+
+def _scheduled_from(least: float, what: str) -> Any:
+    """A validator, and the way back to plain data (pydantic cannot tell by itself which half of the union it has)."""
+    return PlainValidator(lambda value: _scheduled(value, least, what))
+
+
+_AS_WRITTEN = PlainSerializer(
+    lambda value: value if isinstance(value, int | float) else [list(point) for point in value]
+)
+Scheduled = Annotated[float | tuple[tuple[float, float], ...], _scheduled_from(0.0, "a number"), _AS_WRITTEN]
+"""A number of at least 0, or [[epoch, value], ...]: linear between the points, constant before and after them."""
+ScheduledCount = Annotated[
+    float | tuple[tuple[float, float], ...], _scheduled_from(1.0, "a whole number"), _AS_WRITTEN
+]
+"""A whole number of at least 1, or [[epoch, number], ...], rounded."""
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]

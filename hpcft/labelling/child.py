@@ -93,7 +93,12 @@ def _compute_once(
         return compute_label(item.atoms, calculator)
     assert item.fmax is not None and item.max_steps is not None
     relaxation = relax(
-        item.atoms, calculator, item.fmax, item.max_steps, on_step=lambda: connection.send(None)
+        item.atoms,
+        calculator,
+        item.fmax,
+        item.max_steps,
+        with_cell=item.with_cell,
+        on_step=lambda: connection.send(None),
     )
     if not relaxation.converged:
         raise LabelError(

@@ -22,25 +22,31 @@ _OPTIONAL_ARRAYS = ("initial_magmoms", "initial_charges")
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """A structure to label, or to relax at fixed cell to forces below `fmax` (eV/Å) within `max_steps`."""
+    """A structure to label, or to relax to forces below `fmax` (eV/Å) within `max_steps`, at fixed cell or `with_cell`."""
 
     kind: Kind
     atoms: Atoms
     fmax: float | None = None
     max_steps: int | None = None
+    with_cell: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "atoms", _checked(self.atoms, self.kind))
         if self.kind == "single-point":
-            if self.fmax is not None or self.max_steps is not None:
+            if self.fmax is not None or self.max_steps is not None or self.with_cell:
                 raise UserError(
-                    "A single-point has neither fmax nor max_steps; use Item.relaxation for a relaxation."
+                    "A single-point has neither fmax nor max_steps nor a cell to relax; use Item.relaxation for a relaxation."
                 )
         elif self.kind == "relaxation":
             if self.fmax is None or not (math.isfinite(self.fmax) and self.fmax > 0):
                 raise UserError(f"The fmax of a relaxation is {self.fmax}; give a positive force in eV/Å.")
             if self.max_steps is None or self.max_steps < 1:
                 raise UserError(f"The max_steps of a relaxation is {self.max_steps}; give at least 1.")
+            if self.with_cell and not (self.atoms.pbc.all() and self.atoms.cell.rank == 3):
+                raise UserError(
+                    f"The cell of {self.atoms.get_chemical_formula()} is to relax, but it is not periodic in all directions; "
+                    "relax it at fixed cell."
+                )
         else:
             raise UserError(f"There is no item kind {self.kind!r}; it is 'single-point' or 'relaxation'.")
 
@@ -50,9 +56,9 @@ class Item:
         return cls("single-point", atoms)
 
     @classmethod
-    def relaxation(cls, atoms: Atoms, *, fmax: float, max_steps: int) -> Item:
-        """The structure that all atoms together relax to in a fixed cell."""
-        return cls("relaxation", atoms, fmax, max_steps)
+    def relaxation(cls, atoms: Atoms, *, fmax: float, max_steps: int, with_cell: bool = False) -> Item:
+        """The structure that all atoms together relax to in a fixed cell, or with their cell at zero pressure."""
+        return cls("relaxation", atoms, fmax, max_steps, with_cell)
 
 
 def plain_structure(atoms: Atoms) -> Atoms:
@@ -85,6 +91,8 @@ def item_key(item: Item, reference: Reference) -> str:
         "max_steps": None if item.max_steps is None else int(item.max_steps),
         "reference": reference.fingerprint(),
     }
+    if item.with_cell:  # only then, so that labels of before keep their keys
+        header["with_cell"] = True
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     atoms = item.atoms
     arrays = {

@@ -181,7 +181,9 @@ def _as_json(record: Record) -> dict[str, Any]:
         return entry | {"label": label}
     names = ("energy_start", "energy_relaxed", "energy_kind", "num_steps", "converged", "max_force")
     relaxation = {name: getattr(result, name) for name in names}
-    return entry | {"relaxation": relaxation | {"relaxed_positions": result.relaxed.positions.tolist()}}
+    relaxation["relaxed_positions"] = result.relaxed.positions.tolist()
+    relaxation["relaxed_cell"] = result.relaxed.cell.array.tolist()
+    return entry | {"relaxation": relaxation}
 
 
 def _from_json(entry: Mapping[str, Any]) -> Record:
@@ -198,6 +200,7 @@ def _from_json(entry: Mapping[str, Any]) -> Record:
         )
     relaxation = dict(entry["relaxation"])
     relaxed = atoms.copy()
+    relaxed.set_cell(np.array(relaxation.pop("relaxed_cell", atoms.cell.array), dtype=np.float64))
     relaxed.positions = np.array(relaxation.pop("relaxed_positions"), dtype=np.float64)
     return Record(result=Relaxation(start=atoms, relaxed=relaxed, **relaxation), atoms=atoms, **common)
 

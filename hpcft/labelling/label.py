@@ -45,7 +45,7 @@ class Label:
 
 @dataclass(frozen=True, eq=False)
 class Relaxation:
-    """Where a structure went at fixed cell: by `relaxed.positions - start.positions`, as nothing is wrapped.
+    """Where a structure went: by `relaxed.positions - start.positions` at fixed cell, as nothing is wrapped.
 
     Unless `converged`, `relaxed` is merely the last structure and no target for anything.
     """
@@ -80,13 +80,23 @@ def compute_label(atoms: Atoms, calculator: Any) -> Label:
 
 
 def relax(
-    atoms: Atoms, calculator: Any, fmax: float, max_steps: int, *, on_step: Callable[[], None] | None = None
+    atoms: Atoms,
+    calculator: Any,
+    fmax: float,
+    max_steps: int,
+    *,
+    with_cell: bool = False,
+    on_step: Callable[[], None] | None = None,
 ) -> Relaxation:
     """Relax all atoms at fixed cell with BFGS to forces below `fmax` (eV/Å), in at most `max_steps`.
+
+    `with_cell`: the cell relaxes too, at zero pressure, till the generalised forces of ASE's FrechetCellFilter are below
+    `fmax` as well.
 
     `on_step` is called after each reference calculation. LabelError if any of them fails; not converging is
     no error but a result with `converged` False.
     """
+    from ase.filters import FrechetCellFilter
     from ase.optimize.bfgs import BFGS
 
     start = plain_structure(atoms)
@@ -97,7 +107,7 @@ def relax(
     kind: EnergyKind = "energy"
     max_force, converged = np.inf, False
     with calculator_errors(calculator):
-        optimizer = BFGS(moving, logfile=None)
+        optimizer = BFGS(FrechetCellFilter(moving) if with_cell else moving, logfile=None)
         for converged_now in optimizer.irun(fmax=fmax, steps=max_steps):
             converged = bool(converged_now)
             forces_n3 = np.asarray(moving.get_forces(), dtype=np.float64)

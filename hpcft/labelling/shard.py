@@ -3,7 +3,7 @@
 `labels.h5`: structures with info REF_energy, REF_stress (a row of NaN for a structure without stress among
 others with it; absent if no structure has one), key, index, energy_kind, wall_s, rung, found; arrays
 REF_forces. `relaxations.h5`: start structures with info energy_start, energy_relaxed, num_steps, max_force
-and the same bookkeeping; arrays relaxed_positions (not wrapped). Either file is absent while it would be
+and the same bookkeeping; arrays relaxed_positions (not wrapped), info relaxed_cell. Either file is absent while it would be
 empty. `shard.json` lists the keys of both, row by row.
 """
 
@@ -118,6 +118,7 @@ def _relaxed(record: Record) -> Atoms:
     values = {name: getattr(record.result, name) for name in (*_RELAXATION_VALUES, "energy_kind")}
     atoms.info = _bookkeeping(record) | values
     atoms.set_array("relaxed_positions", record.result.relaxed.positions)
+    atoms.info["relaxed_cell"] = record.result.relaxed.cell.array.ravel()
     return atoms
 
 
@@ -154,6 +155,8 @@ def _label_record(atoms: Atoms) -> Record:
 def _relaxation_record(atoms: Atoms) -> Record:
     start = plain_structure(atoms)
     relaxed = start.copy()
+    if "relaxed_cell" in atoms.info:  # not in files of before cells could relax
+        relaxed.set_cell(np.asarray(atoms.info["relaxed_cell"]).reshape(3, 3))
     relaxed.positions = atoms.arrays["relaxed_positions"]
     values = {name: atoms.info[name] for name in (*_RELAXATION_VALUES, "energy_kind")}
     return _record(atoms, "relaxation", Relaxation(start=start, relaxed=relaxed, converged=True, **values))

@@ -16,8 +16,8 @@ import torch
 from ase import Atoms, units
 from torch import Tensor
 
-from hpcft.md.neighbours import VerletList
 from hpcft.models.graph import Graph
+from hpcft.models.neighbours import VerletList
 from hpcft.models.protocol import Evaluation, Potential, device_of, dtype_of, evaluate
 from hpcft.storage.trajectory import FrameBlock
 

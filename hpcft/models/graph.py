@@ -72,6 +72,25 @@ class Graph:
             shifts_e3=self.shifts_e3[keep],
         )
 
+    def take(self, structures: Sequence[int]) -> Graph:
+        """The batch of these structures alone, in their order here (`structures` ascending)."""
+        index = torch.as_tensor(list(structures), dtype=torch.int64, device=self.structure_n.device)
+        number_b = torch.full((self.num_structures,), -1, dtype=torch.int64, device=index.device)
+        number_b[index] = torch.arange(len(index), device=index.device)
+        atoms = number_b[self.structure_n] >= 0
+        number_n = torch.cumsum(atoms, 0) - 1
+        edges = atoms[self.senders_e]
+        return Graph(
+            positions_n3=self.positions_n3[atoms],
+            numbers_n=self.numbers_n[atoms],
+            structure_n=number_b[self.structure_n[atoms]],
+            cell_b33=self.cell_b33[index],
+            periodic_b3=self.periodic_b3[index],
+            senders_e=number_n[self.senders_e[edges]],
+            receivers_e=number_n[self.receivers_e[edges]],
+            shifts_e3=self.shifts_e3[edges],
+        )
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Graph:
         """Move all tensors; `dtype` applies to the floating-point ones."""
         moved = {}

@@ -1,128 +1,220 @@
-"""Batched relaxation of many structures with FIRE (Bitzek et al., PRL 97, 170201, 2006), at fixed cell."""
+"""Batched relaxation of many structures, for use: what has converged leaves the batch, and the next one takes its place.
+
+Shape suffixes: b structures, r rows of `coordinates`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from ase import Atoms
+from ase.constraints import FixAtoms
 from torch import Tensor
 
-from hpcft.models.graph import Graph, build_graph
-from hpcft.models.protocol import Potential, device_of, dtype_of, evaluate
+from hpcft.errors import UserError
+from hpcft.models.graph import concatenate
+from hpcft.models.neighbours import VerletList
+from hpcft.models.protocol import Potential, device_of, dtype_of
+from hpcft.relaxation.coordinates import SKIN, Coordinates
+from hpcft.relaxation.lbfgs import Lbfgs
+from hpcft.relaxation.maps import Fire, RelaxationMap, State
 
-# The constants of the paper; the time step is in units where mass is one, step lengths in Å.
-_START, _LARGEST, _GROW, _SHRINK = 0.1, 0.4, 1.1, 0.5
-_ALPHA, _ALPHA_DECAY, _PATIENCE, _MAX_STEP = 0.1, 0.99, 5, 0.2
+OPTIMISERS: dict[str, Callable[[], RelaxationMap]] = {"fire": Fire, "lbfgs": Lbfgs}
 
 
 @dataclass(frozen=True)
 class Relaxed:
-    """The end of one relaxation: structure, energy (eV), largest force (eV/Å), steps taken, whether it converged."""
+    """The end of one relaxation: structure, energy (eV), largest force (eV/Å), steps taken, whether it converged.
+
+    `energy_start` in eV; `max_stress`, the largest component (eV/Å^3), is 0 where the cell did not move; `forces` [n, 3]
+    (eV/Å) are those of the end, zero on fixed atoms.
+    """
 
     atoms: Atoms
     energy: float
     max_force: float
     num_steps: int
     converged: bool
-
-
-@dataclass
-class _Fire:
-    """Per-structure state of the FIRE integrator; v in Å per unit time."""
-
-    velocity_n3: Tensor
-    timestep_b: Tensor
-    alpha_b: Tensor
-    downhill_b: Tensor
-
-    @classmethod
-    def start(cls, graph: Graph) -> _Fire:
-        ones = torch.ones(graph.num_structures, dtype=graph.cell_b33.dtype, device=graph.cell_b33.device)
-        zeros = torch.zeros_like(graph.positions_n3)
-        return cls(zeros, _START * ones, _ALPHA * ones, torch.zeros_like(ones))
-
-    def displacement(self, graph: Graph, forces_n3: Tensor) -> Tensor:
-        """One FIRE step: mixes velocity towards the force, stops structures that go uphill."""
-        s = graph.structure_n
-
-        def per_structure(values_n: Tensor) -> Tensor:
-            return torch.zeros_like(self.alpha_b).index_add(0, s, values_n)
-
-        power_b = per_structure((forces_n3 * self.velocity_n3).sum(-1))
-        down = power_b > 0
-        speed_b = per_structure((self.velocity_n3**2).sum(-1)).sqrt()
-        norm_b = per_structure((forces_n3**2).sum(-1)).sqrt().clamp_min(1e-12)
-        mixed = (1 - self.alpha_b)[s, None] * self.velocity_n3 + (self.alpha_b * speed_b / norm_b)[
-            s, None
-        ] * forces_n3
-        self.velocity_n3 = torch.where(down[s, None], mixed, torch.zeros_like(mixed))
-        patient = down & (self.downhill_b > _PATIENCE)
-        grown = (self.timestep_b * _GROW).clamp_max(_LARGEST)
-        self.timestep_b = torch.where(
-            patient, grown, torch.where(down, self.timestep_b, self.timestep_b * _SHRINK)
-        )
-        fresh = torch.full_like(self.alpha_b, _ALPHA)
-        self.alpha_b = torch.where(
-            patient, self.alpha_b * _ALPHA_DECAY, torch.where(down, self.alpha_b, fresh)
-        )
-        self.downhill_b = torch.where(down, self.downhill_b + 1, torch.zeros_like(self.downhill_b))
-        self.velocity_n3 = self.velocity_n3 + self.timestep_b[s, None] * forces_n3
-        step = self.timestep_b[s, None] * self.velocity_n3
-        length = step.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        limited: Tensor = step * (_MAX_STEP / length).clamp_max(1.0)
-        return limited
+    energy_start: float = float("nan")
+    max_stress: float = 0.0
+    forces: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
 
 
 def relax(
-    potential: Potential, structures: Sequence[Atoms], *, fmax: float = 0.01, max_steps: int = 500
+    potential: Potential,
+    structures: Sequence[Atoms],
+    *,
+    fmax: float = 0.01,
+    max_steps: int = 500,
+    optimiser: str | RelaxationMap = "fire",
+    with_cell: bool = False,
+    max_stress: float = 6e-4,
+    max_atoms: int | None = None,
+    on_done: Callable[[int, Relaxed], None] | None = None,
 ) -> list[Relaxed]:
-    """Relax all structures together; one that has converged (largest force below `fmax`, eV/Å) costs nothing more."""
-    dtype, device = dtype_of(potential), device_of(potential)
-    results: list[Relaxed | None] = [None] * len(structures)
-    active = list(range(len(structures)))
-    current = [atoms.copy() for atoms in structures]
-    fire: _Fire | None = None
-    for step in range(max_steps + 1):
-        if not active:
+    """Relax structures together until the largest force on each is below `fmax` (eV/Å), and its stress below `max_stress`
+    (eV/Å^3) where the cell relaxes too (`with_cell`).
+
+    At most `max_atoms` atoms are in the batch at once (default: all). Fixed atoms (ASE's FixAtoms) stay; UserError for
+    another constraint, ValueError for an optimiser that does not exist. `on_done` is told the number and the result of each
+    structure when it ends. A structure whose forces are not finite, or whose cell collapses, ends at once.
+    """
+    if isinstance(optimiser, str):
+        if optimiser not in OPTIMISERS:
+            raise ValueError(f"there is no optimiser '{optimiser}'; choose one of {', '.join(OPTIMISERS)}")
+        optimiser = OPTIMISERS[optimiser]()
+    fixed = [fixed_atoms(atoms, f"structure {index}") for index, atoms in enumerate(structures)]
+    batch = _Batch(potential, structures, fixed, optimiser, with_cell)
+    results: dict[int, Relaxed] = {}
+    waiting = list(range(len(structures)))
+    while waiting or batch.numbers:
+        coming = _that_fit(waiting, structures, batch.num_atoms, max_atoms)
+        waiting = waiting[len(coming) :]
+        batch.admit(coming)
+        for number, relaxed in batch.step(fmax, max_stress, max_steps):
+            results[number] = relaxed
+            if on_done is not None:
+                on_done(number, relaxed)
+    return [results[number] for number in range(len(structures))]
+
+
+def _that_fit(
+    waiting: Sequence[int], structures: Sequence[Atoms], num_atoms: int, max_atoms: int | None
+) -> list[int]:
+    """The next structures, as many as there is room for; one at least where nothing is in the batch."""
+    coming: list[int] = []
+    for number in waiting:
+        num_atoms += len(structures[number])
+        if (
+            max_atoms is not None
+            and num_atoms > max_atoms
+            and (coming or num_atoms > len(structures[number]))
+        ):
             break
-        graph = build_graph([current[i] for i in active], potential.cutoff, dtype=dtype, device=device)
-        fire = fire or _Fire.start(graph)
-        evaluation = evaluate(potential, graph)
-        largest_b = _largest_force(graph, evaluation.forces_n3)
-        done = [
-            b
-            for b in range(len(active))
-            if largest_b[b] < fmax or step == max_steps or not np.isfinite(largest_b[b])
+        coming.append(number)
+    return coming
+
+
+class _Batch:
+    """The structures that are being relaxed, and where they are."""
+
+    def __init__(
+        self,
+        potential: Potential,
+        structures: Sequence[Atoms],
+        fixed: Sequence[np.ndarray],
+        map: RelaxationMap,
+        with_cell: bool,
+    ) -> None:
+        self.potential, self.map, self.with_cell = potential, map, with_cell
+        self.structures, self.fixed = structures, fixed
+        self.numbers: list[int] = []
+        self.num_steps: list[int] = []
+        self.energies_start: list[float] = []
+        self.coordinates: Coordinates
+        self.neighbours: VerletList
+        self.rows: Tensor
+        self.state: State
+
+    @property
+    def num_atoms(self) -> int:
+        return sum(len(self.structures[number]) for number in self.numbers)
+
+    def admit(self, coming: Sequence[int]) -> None:
+        """Let structures in, at the end of the batch; only their neighbours are looked for."""
+        if not coming:
+            return
+        chosen = [self.structures[number] for number in coming]
+        dtype, device = dtype_of(self.potential), device_of(self.potential)
+        neighbours = VerletList(chosen, self.potential.cutoff, skin=SKIN, dtype=dtype, device=device)
+        movable = torch.from_numpy(np.concatenate([~self.fixed[number] for number in coming])).to(device)
+        new = Coordinates.of(neighbours.listed, movable_n=movable, with_cell=self.with_cell)
+        rows, state = new.first_rows(), self.map.start(new)
+        if self.numbers:
+            rows, state = torch.cat([self.rows, rows]), State.join([self.state, state])
+            new = self.coordinates.joined(new)
+            neighbours.listed = concatenate([self.neighbours.listed, neighbours.listed])
+        self.numbers += coming
+        self.num_steps += [0] * len(coming)
+        self.energies_start += [float("nan")] * len(coming)
+        self.coordinates, self.rows, self.state, self.neighbours = new, rows, state, neighbours
+
+    def step(self, fmax: float, max_stress: float, max_steps: int) -> list[tuple[int, Relaxed]]:
+        """One step of all; those that end here leave with their results."""
+        coordinates = self.coordinates
+        listed = coordinates.list_at(self.rows, self.neighbours)
+        energies_b, forces = coordinates.energies_and_forces(self.potential, self.rows, listed)
+        force_b = coordinates.largest_force(self.rows, forces)
+        stress_b = coordinates.largest_stress(self.rows, forces)
+        converged_b = (force_b < fmax) & (stress_b < max_stress)
+        lost_b = ~(force_b + stress_b).isfinite() | coordinates.collapsed(self.rows)
+        energies, converged = energies_b.tolist(), converged_b.tolist()
+        self.energies_start = [
+            energy if num_steps == 0 else before
+            for energy, num_steps, before in zip(energies, self.num_steps, self.energies_start, strict=True)
         ]
-        for b in done:
-            results[active[b]] = Relaxed(
-                current[active[b]],
-                float(evaluation.energies_b[b]),
-                float(largest_b[b]),
-                step,
-                bool(largest_b[b] < fmax),
+        done = [
+            over or num_steps >= max_steps
+            for over, num_steps in zip((converged_b | lost_b).tolist(), self.num_steps, strict=True)
+        ]
+        finished = []
+        if any(done):
+            positions, cells = coordinates.positions_and_cells(self.rows)
+            moved = positions - coordinates.start.positions_n3
+            forces_n3 = coordinates.forces_on_atoms(self.rows, forces)
+            for b in np.flatnonzero(done).tolist():
+                mine = coordinates.start.structure_n == b
+                relaxed = Relaxed(
+                    self._atoms(b, moved[mine], cells[b]),
+                    energies[b],
+                    float(force_b[b]),
+                    self.num_steps[b],
+                    converged[b],
+                    self.energies_start[b],
+                    float(stress_b[b]),
+                    forces_n3[mine].cpu().double().numpy(),
+                )
+                finished.append((self.numbers[b], relaxed))
+        displacement, self.state = self.map.step(coordinates, forces, self.state)
+        self.rows = self.rows + coordinates.free(displacement)
+        self.num_steps = [number + 1 for number in self.num_steps]
+        if any(done):
+            self._keep([b for b, over in enumerate(done) if not over])
+        return finished
+
+    def _keep(self, staying: list[int]) -> None:
+        mask = self.coordinates.rows_of(staying)
+        index = torch.as_tensor(staying, dtype=torch.int64, device=mask.device)
+        self.rows, self.state = self.rows[mask], self.state.take(mask, index)
+        self.numbers = [self.numbers[b] for b in staying]
+        self.num_steps = [self.num_steps[b] for b in staying]
+        self.energies_start = [self.energies_start[b] for b in staying]
+        if staying:
+            self.coordinates = self.coordinates.take(staying)
+            self.neighbours.keep(staying)
+
+    def _atoms(self, b: int, moved: Tensor, cell: Tensor) -> Atoms:
+        """With what it moved by, so that what has not moved keeps every bit in single precision too."""
+        atoms: Atoms = self.structures[self.numbers[b]].copy()
+        constraints, atoms.constraints = atoms.constraints, []
+        if self.with_cell and self.num_steps[b]:
+            atoms.set_cell(cell.cpu().double().numpy())
+        atoms.positions += moved.cpu().double().numpy()
+        atoms.set_constraint(constraints)
+        return atoms
+
+
+def fixed_atoms(atoms: Atoms, name: str) -> np.ndarray:
+    """Which atoms FixAtoms holds, [n] bool."""
+    fixed = np.zeros(len(atoms), dtype=bool)
+    for constraint in atoms.constraints:
+        if not isinstance(constraint, FixAtoms):
+            raise UserError(
+                f"{name} ({atoms.get_chemical_formula()}) has the constraint {type(constraint).__name__}; only fixed atoms "
+                "(FixAtoms) can be kept in a batched relaxation: remove it, or relax this structure with ASE"
             )
-        displacement = fire.displacement(graph, evaluation.forces_n3).cpu().double().numpy()
-        for b, i in enumerate(active):
-            if b not in done:
-                mine = (graph.structure_n == b).cpu().numpy()
-                current[i].positions = current[i].positions + displacement[mine]
-        if done:
-            fire = _keep(fire, graph, [b for b in range(len(active)) if b not in done])
-            active = [i for b, i in enumerate(active) if b not in done]
-    return [result for result in results if result is not None]
-
-
-def _largest_force(graph: Graph, forces_n3: Tensor) -> np.ndarray:
-    norm_n = forces_n3.norm(dim=-1)
-    largest = torch.zeros(graph.num_structures, dtype=norm_n.dtype, device=norm_n.device)
-    return np.asarray(largest.scatter_reduce(0, graph.structure_n, norm_n, "amax").cpu())
-
-
-def _keep(fire: _Fire, graph: Graph, keep: list[int]) -> _Fire:
-    index = torch.tensor(keep, dtype=torch.int64, device=graph.structure_n.device)
-    atoms = torch.isin(graph.structure_n, index)
-    return _Fire(fire.velocity_n3[atoms], fire.timestep_b[index], fire.alpha_b[index], fire.downhill_b[index])
+        fixed[constraint.index] = True
+    return fixed

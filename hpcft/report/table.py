@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from hpcft.report.results import METRICS, RoundResult, shown
+from hpcft.report.results import METRICS, RELAXATION_METRICS, RoundResult, shown
 
 _DIGITS = {"energy_bias_meV_per_atom": 1, "force_slope": 2, "force_mae_meV_per_A": 0, "delta_q": 2}
 
@@ -29,5 +29,26 @@ def results_table(results: Sequence[RoundResult], confidence: float, title: str 
             *(shown(row.metrics.get(name), _DIGITS[name]) for name, _, _ in METRICS),
             str(row.exploded),
             f"{row.training_labels} + {row.judging_labels}",
+        )
+    return table
+
+
+def relaxations_table(results: Sequence[RoundResult], confidence: float) -> Table | None:
+    """Where the relaxations end beside what the forces are worth, before and after each round; None without train.relaxation."""
+    columns = [entry for entry in RELAXATION_METRICS if any(entry[0] in row.metrics for row in results)]
+    if "delta_q_steps" not in [name for name, *_ in columns]:
+        return None
+    table = Table(
+        title="relaxed structures, and what they cost",
+        caption=f"in brackets: {confidence:.0%} confidence interval over structures",
+        caption_justify="left",
+    )
+    table.add_column("model")
+    for _, label, unit, _ in columns:
+        table.add_column(f"{label}\n{unit}", justify="right")
+    for row in results:
+        table.add_row(
+            "foundation" if row.round == 0 else f"round {row.round}",
+            *(shown(row.metrics.get(name), digits) for name, _, _, digits in columns),
         )
     return table

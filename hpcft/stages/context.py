@@ -49,6 +49,10 @@ class StageContext:
         """The result of each task of this stage that has one, in order."""
         return [result for _, result in sorted(self.here.read_results().items())]
 
+    def product(self, stage: str) -> dict[str, Any]:
+        """What a stage of this round has left, once it is finished."""
+        return dict(read_json(self.folder.stage(self.round, stage).product))
+
     def model(self, round_: int) -> Path:
         """The model that round `round_` produced; round 0 is the foundation."""
         if round_ == 0:

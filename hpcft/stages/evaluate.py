@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from ase import Atoms
 
 from hpcft.bias import FramePair, Interval, bias_metrics, interval_of_mean
 from hpcft.config.campaign import Campaign
 from hpcft.errors import CampaignStopped
+from hpcft.labelling.label import Relaxation
 from hpcft.stages.context import StageContext, TaskContext
-from hpcft.stages.labels import label_outcomes, relaxation_pairs_by_index
+from hpcft.stages.labels import label_outcomes, relaxation_results_by_index
 from hpcft.stages.sharing import probe_frames
 from hpcft.storage.structures import read_structures
 
@@ -35,9 +38,13 @@ def run(task: TaskContext) -> dict[str, Any]:
     }
     pairs = _frame_pairs(context)
     metrics: dict[str, Interval] = bias_metrics(pairs, **options) if pairs else {}
-    distances, unconverged = _delta_q(context)
-    if distances:
-        metrics["delta_q"] = interval_of_mean(distances, **options)
+    judged, unconverged = _relaxations(context)
+    for name, values in judged.items():
+        if values:
+            metrics[name] = interval_of_mean(values, **options)
+    distances = judged.get("delta_q", [])
+    for name, value in (context.product("probe").get("replay") or {}).items():
+        metrics[f"replay_{name}"] = Interval(value, float("nan"), float("nan"))
     return {
         "round": context.round,
         "metrics": {name: vars(interval) for name, interval in metrics.items()},
@@ -68,25 +75,62 @@ def _frame_pairs(context: StageContext) -> list[FramePair]:
     return pairs
 
 
-def _delta_q(context: StageContext) -> tuple[list[float], int]:
-    """Delta Q of each test cell, and how many of the model's relaxations ended without convergence."""
-    targets = relaxation_pairs_by_index(context, "reference", 0)
+def _relaxations(context: StageContext) -> tuple[dict[str, list[float]], int]:
+    """What the model's relaxations of the test cells are worth, each; and how many ended without convergence.
+
+    Delta Q, RMSD and the distance of cells where they have converged, Delta Q after the steps of train.relaxation, and by how
+    much the energy of the end is off (meV/atom).
+    """
+    targets = relaxation_results_by_index(context, "reference", 0)
     ends = [
         atoms for task in context.tasks_of("probe") for atoms in read_structures(task.path / "relaxed.h5")
     ]
     ends = [atoms for atoms in ends if int(atoms.info["relaxation"]) in targets]
+    judged: dict[str, list[float]] = {}
     if not ends:
-        return [], 0
+        return judged, 0
+    wanted = [targets[int(atoms.info["relaxation"])] for atoms in ends]
+    judged |= _distances(ends, wanted)
+    judged["relaxed_energy_error"] = [
+        1e3 * (float(atoms.info["model_energy"]) - target.energy_relaxed) / len(atoms)
+        for atoms, target in zip(ends, wanted, strict=True)
+    ]
+    after = [
+        (
+            Atoms(
+                a.numbers, a.arrays["after_steps"], cell=a.info["after_steps_cell"].reshape(3, 3), pbc=a.pbc
+            ),
+            target,
+        )
+        for a, target in zip(ends, wanted, strict=True)
+        if "after_steps" in a.arrays and np.isfinite(a.arrays["after_steps"]).all()  # else it has diverged
+    ]
+    if after:
+        structures, aims = zip(*after, strict=True)
+        judged["delta_q_steps"] = _distances(structures, aims)["delta_q"]
+    return judged, sum(1 for atoms in ends if not int(atoms.info["converged"]))
+
+
+def _distances(structures: Sequence[Atoms], targets: Sequence[Relaxation]) -> dict[str, list[float]]:
+    """Delta Q (amu^1/2 Å) and RMSD (Å) from the reference's relaxed structures; where cells relax, their distance as well."""
     import torch
 
     from hpcft.models.graph import build_graph
-    from hpcft.relaxation import delta_q
+    from hpcft.relaxation import cell_distance, delta_q, rmsd
 
-    graph = build_graph(ends, cutoff=0.1)
-    wanted = [targets[int(atoms.info["relaxation"])][1].get_positions() for atoms in ends]
-    distance_b = delta_q(graph.positions_n3, torch.as_tensor(np.concatenate(wanted)), graph)
-    unconverged = sum(1 for atoms in ends if not int(atoms.info["converged"]))
-    return [float(d) for d in distance_b], unconverged
+    graph = build_graph([target.relaxed for target in targets], cutoff=1.0)
+    here = torch.as_tensor(np.concatenate([atoms.get_positions() for atoms in structures]))
+    cells = torch.as_tensor(np.stack([atoms.cell.array for atoms in structures]))
+    if torch.equal(cells, graph.cell_b33):
+        return {
+            "delta_q": delta_q(here, graph.positions_n3, graph).tolist(),
+            "rmsd": rmsd(here, graph.positions_n3, graph).tolist(),
+        }
+    return {
+        "delta_q": delta_q(here, graph.positions_n3, graph, final_cell_b33=cells).tolist(),
+        "rmsd": rmsd(here, graph.positions_n3, graph, final_cell_b33=cells).tolist(),
+        "cell_distance": cell_distance(cells, graph).tolist(),
+    }
 
 
 def collect(context: StageContext) -> dict[str, Any]:

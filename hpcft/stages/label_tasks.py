@@ -58,7 +58,9 @@ def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str
         path = context.folder.inputs / f"relaxations-{which_relaxations}.h5"
         starts = read_structures(path, list(relaxations))
         items += [
-            Item.relaxation(_free(atoms), fmax=settings.fmax, max_steps=settings.max_steps)
+            Item.relaxation(
+                _free(atoms), fmax=settings.fmax, max_steps=settings.max_steps, with_cell=settings.cell
+            )
             for atoms in starts
         ]
     reference = reference_of(context)

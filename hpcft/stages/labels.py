@@ -12,8 +12,6 @@ from hpcft.labelling.shard import SHARD_FILE, read_shard
 from hpcft.stages.context import StageContext
 from hpcft.stages.sharing import numbers_of
 
-Pair = tuple[Atoms, Atoms]
-
 
 def _records(context: StageContext, stage: str, round_: int) -> Iterator[tuple[str, int, Record]]:
     """(kind, number within that kind, record) of everything a label stage has finished, tasks set aside included."""
@@ -54,11 +52,11 @@ def training_labels(context: StageContext) -> list[Atoms]:
     return found
 
 
-def relaxation_pairs_by_index(context: StageContext, stage: str, round_: int) -> dict[int, Pair]:
-    """Start and converged end of each reference relaxation; one that did not converge is never a target."""
+def relaxation_results_by_index(context: StageContext, stage: str, round_: int) -> dict[int, Relaxation]:
+    """The converged reference relaxations; one that did not converge is never a target."""
     found = {}
     for kind, number, record in _records(context, stage, round_):
         result = record.result
         if kind == "relaxation" and isinstance(result, Relaxation) and result.converged:
-            found[number] = (result.start, result.relaxed)
+            found[number] = result
     return dict(sorted(found.items()))

@@ -10,7 +10,7 @@ from ase import Atoms
 
 from hpcft.config.campaign import Campaign
 from hpcft.stages.context import StageContext, TaskContext
-from hpcft.stages.sharing import share_out
+from hpcft.stages.sharing import relaxation_map, share_out
 from hpcft.storage.structures import count_structures, read_structures, write_structures
 from hpcft.storage.trajectory import Trajectory
 
@@ -67,7 +67,16 @@ def run(task: TaskContext) -> dict[str, Any]:
         relaxed = _relax(task, potential)
         task.ensure_owned()
         write_structures(task.path / "relaxed.h5", relaxed)
-    return {**summary, "to_label": count_structures(task.path / "frames.h5")}
+    replay = _on_replay(task, potential) if task.index == 0 else None
+    return {**summary, "to_label": count_structures(task.path / "frames.h5"), "replay": replay}
+
+
+def _on_replay(task: TaskContext, potential: Any) -> dict[str, float] | None:
+    """What the model has kept of what the foundation knew: its errors on the replay structures."""
+    from hpcft.training.measure import measure
+
+    file = task.context.folder.inputs / "replay.h5"
+    return measure(potential, read_structures(file)) if file.exists() else None
 
 
 def _stretch(context: StageContext) -> Any:
@@ -103,7 +112,10 @@ def _frames(trajectory: Path, count: int, discard: float) -> list[Atoms]:
 
 
 def _relax(task: TaskContext, potential: Any) -> list[Atoms]:
-    """The test cells relaxed by the model, to be compared with the reference's own relaxations of them."""
+    """The test cells relaxed by the model, to be compared with the reference's own relaxations of them.
+
+    Each also carries where it is after the steps of train.relaxation: what BPTT was trained on.
+    """
     from hpcft.relaxation import relax
 
     indices = task.payload["relaxations"]
@@ -111,9 +123,11 @@ def _relax(task: TaskContext, potential: Any) -> list[Atoms]:
         return []
     settings = task.context.campaign.relaxations
     starts = read_structures(task.context.folder.inputs / "relaxations-test.h5", indices)
-    relaxed = relax(potential, starts, fmax=settings.fmax, max_steps=settings.max_steps)
+    relaxed = relax(
+        potential, starts, fmax=settings.fmax, max_steps=settings.max_steps, with_cell=settings.cell
+    )
     found = []
-    for index, end in zip(indices, relaxed, strict=True):
+    for index, end, after in zip(indices, relaxed, _after_steps(task, potential, starts), strict=True):
         atoms = Atoms(end.atoms.numbers, end.atoms.positions, cell=end.atoms.cell, pbc=end.atoms.pbc)
         atoms.info = {
             "relaxation": index,
@@ -121,8 +135,41 @@ def _relax(task: TaskContext, potential: Any) -> list[Atoms]:
             "converged": int(end.converged),
             "steps": end.num_steps,
         }
+        if after is not None:
+            atoms.arrays["after_steps"] = after.positions
+            atoms.info["after_steps_cell"] = after.cell.array.ravel()
         found.append(atoms)
     return found
+
+
+def _after_steps(task: TaskContext, potential: Any, starts: list[Atoms]) -> list[Atoms | None]:
+    """The structures after the steps of train.relaxation in its map; NaN for one that has diverged, None without it."""
+    import torch
+
+    from hpcft.models.graph import build_graph
+    from hpcft.models.protocol import device_of, dtype_of
+    from hpcft.relaxation import Stop, unroll
+    from hpcft.training.schedule import scheduled, value_at
+
+    campaign = task.context.campaign
+    settings = campaign.train.relaxation
+    if settings is None:
+        return [None] * len(starts)
+    graph = build_graph(starts, potential.cutoff, dtype=dtype_of(potential), device=device_of(potential))
+    steps = round(value_at(scheduled(settings.steps), campaign.train.epochs))
+    stop = Stop(fmax=settings.fmax or campaign.relaxations.fmax)
+    with torch.no_grad():
+        end = unroll(
+            potential, graph, relaxation_map(settings), steps, stop=stop, with_cell=campaign.relaxations.cell
+        )
+    positions = end.positions_n3.cpu().double().numpy()
+    structure = graph.structure_n.cpu().numpy()
+    positions[~end.valid_b.cpu().numpy()[structure]] = np.nan
+    cells = end.cell_b33.cpu().double().numpy()
+    return [
+        Atoms(atoms.numbers, positions[structure == b], cell=cells[b], pbc=atoms.pbc)
+        for b, atoms in enumerate(starts)
+    ]
 
 
 def collect(context: StageContext) -> dict[str, Any]:
@@ -130,4 +177,5 @@ def collect(context: StageContext) -> dict[str, Any]:
     stopped: dict[str, str] = {}
     for result in results:
         stopped |= result["stopped"]
-    return {"frames": sum(result["to_label"] for result in results), "stopped": stopped}
+    replay = next((result["replay"] for result in results if result.get("replay")), None)
+    return {"frames": sum(result["to_label"] for result in results), "stopped": stopped, "replay": replay}

@@ -1,22 +1,35 @@
-"""Light helpers that planning needs: no torch here."""
+"""Light helpers that several stages need: no torch here, or only where it is called for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ase import Atoms
 
+from hpcft.config.campaign import RelaxationTraining
 from hpcft.stages.context import StageContext
 from hpcft.storage.structures import count_structures, read_structures
 from hpcft.storage.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from hpcft.relaxation import RelaxationMap, StepSize
 
 
 def share_out(count: int, tasks: int) -> list[dict[str, Any]]:
     """Payloads that spread `count` replicas over at most `tasks` tasks, evenly and in order."""
     parts = np.array_split(np.arange(count), min(tasks, count))
     return [{"replicas": [int(i) for i in part]} for part in parts]
+
+
+def relaxation_map(settings: RelaxationTraining, step_size: StepSize | None = None) -> RelaxationMap:
+    """The map that train.relaxation iterates, with its own step size or one that is learned."""
+    from hpcft.relaxation import Descent, Fire
+
+    if settings.map == "fire":
+        return Fire(max_step=settings.max_step)
+    return Descent(step_size or settings.step_size, settings.momentum, settings.max_step)
 
 
 def every(count: int, first: int, step: int) -> dict[str, int]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hpcft.config.campaign import Campaign
-from hpcft.errors import CampaignStopped
+from hpcft.errors import CampaignStopped, UserError
 from hpcft.stages.context import StageContext, TaskContext
-from hpcft.stages.labels import relaxation_pairs_by_index, training_labels
+from hpcft.stages.labels import relaxation_results_by_index, training_labels
+from hpcft.stages.sharing import relaxation_map
 from hpcft.storage.atomic import write_text
 from hpcft.storage.structures import read_structures
 
 if TYPE_CHECKING:
-    from hpcft.training.trainer import Trainer, TrainingData, TrainingSettings
+    from hpcft.relaxation import RelaxationPair
+    from hpcft.training.trainer import BpttSettings, Trainer, TrainingData, TrainingSettings
 
 
 def ranks(campaign: Campaign) -> int:
@@ -37,9 +39,9 @@ def run(task: TaskContext) -> dict[str, Any]:
     dtype = getattr(torch, context.campaign.train.precision)
     start = context.model(context.round - 1)
     potential = load_model(start, dtype=dtype, device=device)
-    data = _data(context, potential.cutoff, dtype)
+    data, refused = _data(context, potential.cutoff, dtype)
     with process_group(task.rank, task.path, device):
-        trainer = Trainer(potential, data, _settings(context), task.rank)
+        trainer = Trainer(potential, data, _settings(context, potential.elements), task.rank)
         log = _log_to(task, trainer)
         history = trainer.run(task.path, log, log)
     final = task.path / "model.pt"
@@ -56,6 +58,7 @@ def run(task: TaskContext) -> dict[str, Any]:
     return {
         "labels": len(data.labels),
         "relaxations": len(data.relaxations),
+        "relaxations_refused": refused,
         "epochs": len(history),
         "first": history[0],
         "last": history[-1],
@@ -74,8 +77,8 @@ def _log_to(task: TaskContext, trainer: Trainer) -> Callable[[dict[str, Any]], N
     return write
 
 
-def _data(context: StageContext, cutoff: float, dtype: Any) -> TrainingData:
-    from hpcft.training.data import LabelledSet, RelaxationPair
+def _data(context: StageContext, cutoff: float, dtype: Any) -> tuple[TrainingData, list[str]]:
+    from hpcft.training.data import LabelledSet
     from hpcft.training.trainer import TrainingData
 
     structures = training_labels(context)
@@ -87,39 +90,84 @@ def _data(context: StageContext, cutoff: float, dtype: Any) -> TrainingData:
     replay = None
     if context.campaign.train.replay is not None:
         replay = LabelledSet(read_structures(context.folder.inputs / "replay.h5"), cutoff, dtype, "replay")
-    pairs = []
-    if context.campaign.train.relaxation is not None:
-        ends = relaxation_pairs_by_index(context, "label", 1)
-        pairs = [RelaxationPair(start, relaxed) for start, relaxed in ends.values()]
-        if not pairs:
-            raise CampaignStopped(
-                "train.relaxation has nothing to learn from: no reference relaxation of round 1 converged. Raise "
-                "relaxations.max_steps or relaxations.fmax, or leave train.relaxation out, in a new campaign."
-            )
-    return TrainingData(LabelledSet(structures, cutoff, dtype, "the labels"), replay, pairs)
+    pairs, refused = _relaxations(context)
+    return TrainingData(LabelledSet(structures, cutoff, dtype, "the labels"), replay, pairs), refused
 
 
-def _settings(context: StageContext) -> TrainingSettings:
-    from hpcft.relaxation import MapSettings
+def _relaxations(context: StageContext) -> tuple[list[RelaxationPair], list[str]]:
+    """The targets of train.relaxation, and what was refused as one and why."""
+    from hpcft.relaxation import RelaxationPair, check_pair
+
+    pairs: list[RelaxationPair] = []
+    refused: list[str] = []
+    if context.campaign.train.relaxation is None:
+        return pairs, refused
+    for number, end in relaxation_results_by_index(context, "label", 1).items():
+        pair = RelaxationPair(end.start, end.relaxed, end.num_steps)
+        try:
+            check_pair(pair, f"relaxation {number}", with_cell=context.campaign.relaxations.cell)
+        except UserError as error:
+            refused.append(str(error))
+        else:
+            pairs.append(pair)
+    if not pairs:
+        raise CampaignStopped(
+            "train.relaxation has nothing to learn from: no reference relaxation of round 1 converged to a target. "
+            + " ".join(refused[:3])
+            + " Raise relaxations.max_steps or relaxations.fmax, or leave train.relaxation out, in a new campaign."
+        )
+    return pairs, refused
+
+
+def _settings(context: StageContext, elements: Sequence[int]) -> TrainingSettings:
     from hpcft.training.loss import Weights
-    from hpcft.training.trainer import BpttSettings, ReplaySettings, TrainingSettings
+    from hpcft.training.schedule import scheduled
+    from hpcft.training.trainer import ReplaySettings, TrainingSettings
 
     train = context.campaign.train
-    bptt = None
-    if train.relaxation is not None:
-        r = train.relaxation
-        bptt = BpttSettings(r.weight, r.every, r.batch_size, MapSettings(r.steps, r.step_size, r.momentum))
+    replay = train.replay
     return TrainingSettings(
         epochs=train.epochs,
         batch_size=train.batch_size,
         steps_per_epoch=train.steps_per_epoch,
         learning_rate=train.learning_rate,
-        weights=Weights(train.weights.energy, train.weights.forces, train.weights.stress),
-        replay=None if train.replay is None else ReplaySettings(train.replay.batch_size, train.replay.weight),
-        relaxation=bptt,
+        weights=Weights(
+            scheduled(train.weights.energy), scheduled(train.weights.forces), scheduled(train.weights.stress)
+        ),
+        replay=None if replay is None else ReplaySettings(replay.batch_size, scheduled(replay.weight)),
+        relaxation=_bptt(context.campaign, elements),
         gradient_clip=train.gradient_clip,
         checkpoint_every_epochs=train.checkpoint_every_epochs,
         seed=context.entropy("train", context.round),
+    )
+
+
+def _bptt(campaign: Campaign, elements: Sequence[int]) -> BpttSettings | None:
+    from hpcft.relaxation import StepSize, Stop
+    from hpcft.training.loss import Unrolling
+    from hpcft.training.schedule import scheduled
+    from hpcft.training.trainer import BpttSettings
+
+    settings = campaign.train.relaxation
+    if settings is None:
+        return None
+    learned = {
+        "no": None,
+        "global": StepSize(settings.step_size),
+        "per-element": StepSize(settings.step_size, elements),
+    }
+    return BpttSettings(
+        weight=scheduled(settings.weight),
+        every=settings.every,
+        batch_size=settings.batch_size,
+        steps=scheduled(settings.steps),
+        unrolling=Unrolling(
+            relaxation_map(settings, learned[settings.learn_step_size]),
+            settings.engine,
+            Stop(fmax=settings.fmax or campaign.relaxations.fmax),
+            settings.last,
+            campaign.relaxations.cell,
+        ),
     )
 
 

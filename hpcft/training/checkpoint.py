@@ -28,6 +28,8 @@ class Checkpoint:
     history: list[dict[str, float]]
     setbacks: list[dict[str, Any]] = field(default_factory=list)
     """Each time that training went back to an earlier checkpoint; their number lowers the learning rate."""
+    step_size: dict[str, Any] = field(default_factory=dict)
+    """State of a relaxation's learnable step size; empty where there is none."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

@@ -60,6 +60,9 @@ class LabelledSet:
     def structures(self) -> list[Atoms]:
         return self._structures
 
+    def num_atoms_each(self, indices: Sequence[int]) -> list[int]:
+        return [len(self._structures[i]) for i in indices]
+
     def num_atoms(self, indices: Sequence[int]) -> int:
         return sum(len(self._structures[i]) for i in indices)
 
@@ -97,14 +100,6 @@ def _full_stress(stress: np.ndarray) -> np.ndarray:
     return np.asarray(voigt_6_to_full_3x3_stress(stress.ravel()))
 
 
-@dataclass(frozen=True)
-class RelaxationPair:
-    """Where a relaxation starts and where the reference ends it, with the same atoms in the same order."""
-
-    start: Atoms
-    relaxed: Atoms
-
-
 def draw(num_items: int, batch_size: int, step: int, seed: Sequence[int]) -> list[int]:
     """Indices of global batch `step` from an endless stream of shuffled passes; needs no state to resume.
 
@@ -119,6 +114,17 @@ def draw(num_items: int, batch_size: int, step: int, seed: Sequence[int]) -> lis
     return indices
 
 
-def share(indices: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """The part of a global batch that `rank` computes."""
-    return list(indices[rank::world_size])
+def share(costs: Sequence[float], rank: int, world_size: int) -> list[int]:
+    """Which items of a global batch `rank` computes, so that all ranks have about as much to do.
+
+    The dearest item first, each to the rank with the least so far (longest processing time, Graham 1969). All ranks come
+    to the same answer; no rank is left without an item while another has two.
+    """
+    loads, counts, mine = [0.0] * world_size, [0] * world_size, []
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        chosen = min(range(world_size), key=lambda r: (counts[r] > 0, loads[r], counts[r], r))
+        loads[chosen] += costs[index]
+        counts[chosen] += 1
+        if chosen == rank:
+            mine.append(index)
+    return sorted(mine)

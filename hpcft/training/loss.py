@@ -15,17 +15,35 @@ from torch import Tensor
 
 from hpcft.models.graph import build_graph
 from hpcft.models.protocol import Potential, as_module, device_of, dtype_of, evaluate
-from hpcft.relaxation import MapSettings, delta_q, unroll
-from hpcft.training.data import Batch, RelaxationPair
+from hpcft.relaxation import (
+    Descent,
+    RelaxationMap,
+    RelaxationPair,
+    StepSize,
+    Stop,
+    Unrolled,
+    cell_distance,
+    delta_q,
+    fixed_atoms,
+    relaxed_implicitly,
+    unroll,
+    with_cells,
+)
+from hpcft.training.data import Batch
+from hpcft.training.schedule import Scheduled, value_at
 
 
 @dataclass(frozen=True)
 class Weights:
     """Factors of the squared errors: energy per atom (eV/atom)^2, forces (eV/Å)^2, stress (eV/Å^3)^2."""
 
-    energy: float = 1.0
-    forces: float = 1.0
-    stress: float = 0.0
+    energy: Scheduled = 1.0
+    forces: Scheduled = 1.0
+    stress: Scheduled = 0.0
+
+    def at(self, epoch: float) -> Weights:
+        """As plain numbers, at this time."""
+        return Weights(*(value_at(w, epoch) for w in (self.energy, self.forces, self.stress)))
 
 
 @dataclass(frozen=True)
@@ -45,23 +63,53 @@ class LabelledTerm:
 
 
 @dataclass(frozen=True)
+class Unrolling:
+    """How a relaxation is followed and differentiated (see `hpcft.relaxation.unroll`).
+
+    `engine` may also be `implicit`: the gradient at the converged minimum, for which steps and map do not matter.
+    """
+
+    map: RelaxationMap = field(default_factory=Descent)
+    engine: str = "adjoint"
+    stop: Stop | None = None
+    last: int | None = None
+    with_cell: bool = False
+
+    @property
+    def step_size(self) -> StepSize | None:
+        """The learnable step size, if there is one."""
+        found = getattr(self.map, "step_size", None)
+        return found if isinstance(found, StepSize) else None
+
+
+@dataclass(frozen=True)
 class RelaxationTerm:
-    """BPTT: Delta Q of the unrolled relaxation's end against the reference's (arXiv 2512.01067)."""
+    """Delta Q of the end of the model's own relaxation against the reference's (arXiv 2512.01067).
+
+    Where the cell relaxes too, the distance of the cells is added. `count` is over all ranks.
+    """
 
     pairs: Sequence[RelaxationPair]
     count: int
     weight: float
-    map: MapSettings = field(default_factory=MapSettings)
-    engine: str = "adjoint"
+    steps: int
+    unrolling: Unrolling = field(default_factory=Unrolling)
 
 
 class Objective(torch.nn.Module):
     """forward(terms) -> loss and its parts, each already scaled so that the mean over ranks is the global value."""
 
-    def __init__(self, potential: Potential, weights: Weights, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        potential: Potential,
+        weights: Weights,
+        world_size: int = 1,
+        step_size: StepSize | None = None,
+    ) -> None:
         super().__init__()
         self.potential = as_module(potential)
         self._potential = potential
+        self.step_size = step_size  # as a part of this module, so that DDP knows its parameters
         self.weights = weights
         self.world_size = world_size
 
@@ -70,15 +118,16 @@ class Objective(torch.nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         parts: dict[str, Tensor] = {}
         # Every parameter takes part even where this rank's share of the batch is empty: DDP waits for it.
-        zero = torch.stack([p.sum() for p in self.potential.parameters()]).sum()
+        zero = torch.stack([p.sum() for p in self.parameters()]).sum()
         total = 0.0 * zero
-        for term in labelled:
+        weighted = [term for term in labelled if term.weight * sum(vars(self.weights.at(0)).values()) > 0]
+        for term in weighted:
             for name, value in self._labelled(term).items():
                 parts[f"{term.name}/{name}"] = value.detach()
-                total = total + term.weight * getattr(self.weights, name) * value
+                total = total + term.weight * value_at(getattr(self.weights, name), 0) * value
         if relaxation is not None:
-            value = self._relaxation(relaxation)
-            parts["relaxation/delta_q"] = value.detach()
+            value, numbers = self._relaxation(relaxation)
+            parts |= numbers
             total = total + relaxation.weight * value
         return total, parts
 
@@ -87,7 +136,9 @@ class Objective(torch.nn.Module):
             nothing = torch.zeros((), dtype=dtype_of(self._potential), device=device_of(self._potential))
             return {"energy": nothing, "forces": nothing, "stress": nothing}
         graph, labels = term.batch.graph, term.batch.labels
-        result = evaluate(self._potential, graph, stress=self.weights.stress > 0, create_graph=True)
+        result = evaluate(
+            self._potential, graph, stress=value_at(self.weights.stress, 0) > 0, create_graph=True
+        )
         energy = (((result.energies_b - labels.energies_b) / graph.num_atoms_b) ** 2).sum()
         forces = ((result.forces_n3 - labels.forces_n3) ** 2).sum()
         stress = torch.zeros_like(energy)
@@ -101,12 +152,50 @@ class Objective(torch.nn.Module):
             "stress": stress * scale / (9 * counts.structures),
         }
 
-    def _relaxation(self, term: RelaxationTerm) -> Tensor:
+    def _relaxation(self, term: RelaxationTerm) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over the global batch; structures that diverged, or are no minimum, count as nothing and are counted."""
         dtype, device = dtype_of(self._potential), device_of(self._potential)
-        if not term.pairs:
-            return torch.zeros((), dtype=dtype, device=device)
-        graph = build_graph([p.start for p in term.pairs], self._potential.cutoff, dtype=dtype, device=device)
-        targets = torch.cat([torch.as_tensor(p.relaxed.get_positions()) for p in term.pairs])
-        final_n3 = unroll(self._potential, graph, term.map, term.engine)
-        distance_b = delta_q(final_n3, targets.to(device, dtype), graph)
-        return distance_b.sum() * float(self.world_size) / term.count
+        scale = float(self.world_size) / term.count
+        loss = torch.zeros((), dtype=dtype, device=device)
+        num_steps = num_dropped = 0
+        if term.pairs:
+            end, distance_b = self._distances(term)
+            loss = distance_b[end.valid_b].sum() * scale
+            num_steps, num_dropped = int(end.num_steps_b.sum()), int((~end.valid_b).sum())
+        return loss, {
+            "relaxation/delta_q": loss.detach(),
+            "relaxation/steps": torch.tensor(num_steps * scale, dtype=dtype, device=device),
+            "relaxation/dropped": torch.tensor(num_dropped * scale, dtype=dtype, device=device),
+        }
+
+    def _distances(self, term: RelaxationTerm) -> tuple[Unrolled, Tensor]:
+        dtype, device = dtype_of(self._potential), device_of(self._potential)
+        how, starts = term.unrolling, [pair.start for pair in term.pairs]
+        graph = build_graph(starts, self._potential.cutoff, dtype=dtype, device=device)
+        fixed = [torch.from_numpy(fixed_atoms(atoms, "a start structure")) for atoms in starts]
+        anchored_b = torch.stack([f.any() for f in fixed]).to(device)
+        movable_n = ~torch.cat(fixed).to(device)
+        if how.engine == "implicit":
+            end, _ = relaxed_implicitly(self._potential, graph, movable_n=movable_n, with_cell=how.with_cell)
+        else:
+            end = unroll(
+                self._potential,
+                graph,
+                how.map,
+                term.steps,
+                engine=how.engine,
+                stop=how.stop,
+                last=how.last,
+                movable_n=movable_n,
+                with_cell=how.with_cell,
+            )
+        relaxed = [pair.relaxed for pair in term.pairs]
+        target_n3 = torch.cat([torch.as_tensor(atoms.get_positions()) for atoms in relaxed]).to(device, dtype)
+        if not how.with_cell:
+            return end, delta_q(end.positions_n3, target_n3, graph, anchored_b=anchored_b)
+        cells = torch.stack([torch.as_tensor(atoms.cell.array) for atoms in relaxed]).to(device, dtype)
+        target = with_cells(graph, cells)
+        distance_b = delta_q(
+            end.positions_n3, target_n3, target, final_cell_b33=end.cell_b33, anchored_b=anchored_b
+        )
+        return end, distance_b + cell_distance(end.cell_b33, target)

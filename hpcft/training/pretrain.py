@@ -20,10 +20,12 @@ from hpcft.labelling.label import compute_label
 from hpcft.labelling.reference import Reference, build_calculator, unknown_elements
 from hpcft.models.graph import build_graph
 from hpcft.models.mace import MacePotential, build_mace
-from hpcft.models.protocol import Potential, evaluate
+from hpcft.models.protocol import Potential
 from hpcft.training.crystals import at_equilibrium, crystals, disturbed
 from hpcft.training.data import LabelledSet
 from hpcft.training.loss import Weights
+from hpcft.training.measure import measure
+from hpcft.training.schedule import scheduled
 from hpcft.training.trainer import Trainer, TrainingData, TrainingSettings
 
 
@@ -123,7 +125,9 @@ def _train(
         epochs=wishes.epochs,
         batch_size=wishes.batch_size,
         learning_rate=wishes.learning_rate,
-        weights=Weights(wishes.weights.energy, wishes.weights.forces, wishes.weights.stress),
+        weights=Weights(
+            *(scheduled(w) for w in (wishes.weights.energy, wishes.weights.forces, wishes.weights.stress))
+        ),
         checkpoint_every_epochs=max(1, wishes.epochs // 10),
         seed=(recipe.seed, 2),
     )
@@ -134,22 +138,3 @@ def _train(
 
     with tempfile.TemporaryDirectory() as folder:
         Trainer(potential, data, settings).run(Path(folder), on_epoch)
-
-
-def measure(potential: Potential, structures: Sequence[Atoms]) -> dict[str, float]:
-    """Energy MAE (meV/atom), force MAE (meV/Å) and force slope on labelled structures."""
-    data = LabelledSet(structures, potential.cutoff, torch.float32)
-    predicted, reference, energy_errors = [], [], []
-    for index in range(len(data)):
-        batch = data.batch([index])
-        result = evaluate(potential, batch.graph)
-        error = (result.energies_b - batch.labels.energies_b) / batch.graph.num_atoms_b
-        energy_errors.append(abs(float(error[0])))
-        predicted.append(result.forces_n3.double().numpy().ravel())
-        reference.append(batch.labels.forces_n3.double().numpy().ravel())
-    p, r = np.concatenate(predicted), np.concatenate(reference)
-    return {
-        "energy_mae_meV_per_atom": 1e3 * float(np.mean(energy_errors)),
-        "force_mae_meV_per_A": 1e3 * float(np.abs(p - r).mean()),
-        "force_slope": float(p @ r / (r @ r)),
-    }

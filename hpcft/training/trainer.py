@@ -14,13 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hpcft.models.protocol import Potential, as_module, device_of
-from hpcft.relaxation import MapSettings
+from hpcft.models.graph import build_graph
+from hpcft.models.protocol import Potential, as_module, device_of, dtype_of
+from hpcft.relaxation import RelaxationPair, check_pair, require_twice_differentiable
 from hpcft.training.checkpoint import Checkpoint, load_latest, save_checkpoint
-from hpcft.training.data import LabelledSet, RelaxationPair, draw, share
-from hpcft.training.loss import Counts, LabelledTerm, Objective, RelaxationTerm, Weights
+from hpcft.training.data import LabelledSet, draw, share
+from hpcft.training.loss import Counts, LabelledTerm, Objective, RelaxationTerm, Unrolling, Weights
 from hpcft.training.rank import Rank
 from hpcft.training.sanity import ABSURD_FORCE, NotFinite, what_to_do
+from hpcft.training.schedule import Scheduled, value_at
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,21 @@ class ReplaySettings:
     """How much of the foundation's own data goes into every step, so that it is not forgotten."""
 
     batch_size: int = 2
-    weight: float = 1.0
+    weight: Scheduled = 1.0
 
 
 @dataclass(frozen=True)
 class BpttSettings:
-    """The relaxation loss: its weight per amu^1/2 Å, the steps between two of them, and its map."""
+    """The relaxation loss: its weight per amu^1/2 Å, the optimiser steps between two of them, and what is unrolled.
 
-    weight: float
+    Weight and `steps` (of the unroll) may be schedules: steps that grow, or epochs without it first.
+    """
+
+    weight: Scheduled
     every: int = 1
     batch_size: int = 1
-    map: MapSettings = field(default_factory=MapSettings)
+    steps: Scheduled = 20
+    unrolling: Unrolling = field(default_factory=Unrolling)
 
 
 @dataclass(frozen=True)
@@ -76,14 +82,29 @@ class Trainer:
         self.potential, self.data, self.settings = potential, data, settings
         self.rank = rank or Rank()
         self.device = device_of(potential)
-        self.objective = Objective(potential, settings.weights, self.rank.world_size)
+        self.step_size = None if settings.relaxation is None else settings.relaxation.unrolling.step_size
+        if self.step_size is not None:
+            self.step_size.to(self.device, dtype_of(potential))
+        self.objective = Objective(potential, settings.weights, self.rank.world_size, self.step_size)
         self.wrapped: torch.nn.Module = self.objective
         if self.rank.world_size > 1:
             self.wrapped = DistributedDataParallel(self.objective)
-        self.parameters = [p for p in as_module(potential).parameters() if p.requires_grad]
+        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         self.optimiser = torch.optim.Adam(self.parameters, lr=settings.learning_rate, amsgrad=True)
         self.history: list[dict[str, float]] = []
         self.setbacks: list[dict[str, Any]] = []
+        self._refuse_what_cannot_be_learned()
+
+    def _refuse_what_cannot_be_learned(self) -> None:
+        if self.settings.relaxation is None or not self.data.relaxations:
+            return
+        for number, pair in enumerate(self.data.relaxations):
+            with_cell = self.settings.relaxation.unrolling.with_cell
+            check_pair(pair, f"relaxation {number}", with_cell=with_cell)
+        first = self.data.relaxations[0].start
+        dtype = dtype_of(self.potential)
+        graph = build_graph([first], self.potential.cutoff, dtype=dtype, device=self.device)
+        require_twice_differentiable(self.potential, graph)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -174,6 +195,8 @@ class Trainer:
 
     def _take(self, checkpoint: Checkpoint) -> None:
         as_module(self.potential).load_state_dict(checkpoint.model)
+        if self.step_size is not None:
+            self.step_size.load_state_dict(checkpoint.step_size)
         self.optimiser.load_state_dict(copy.deepcopy(checkpoint.optimiser))  # it keeps what it is given
         self.history, self.setbacks = list(checkpoint.history), list(checkpoint.setbacks)
 
@@ -185,6 +208,7 @@ class Trainer:
             copy.deepcopy(self.optimiser.state_dict()),
             list(self.history),
             list(self.setbacks),
+            {} if self.step_size is None else copy.deepcopy(self.step_size.state_dict()),
         )
 
     def _learning_rate(self, step: int) -> float:
@@ -202,16 +226,21 @@ class Trainer:
             for name, value in self._step(step).items():
                 sums.setdefault(name, []).append(value)
         self._refuse_weights(epoch)
+        if self.step_size is not None:
+            sums["relaxation/step_size"] = [self.step_size.log_eta.detach().exp().mean()]
         row = {name: float(torch.stack(values).mean()) for name, values in sums.items()}
         return {"epoch": float(epoch + 1), "learning_rate": self.optimiser.param_groups[0]["lr"], **row}
 
     def _step(self, step: int) -> dict[str, Tensor]:
         for group in self.optimiser.param_groups:
             group["lr"] = self._learning_rate(step) * self._rate_factor(len(self.setbacks))
+        epoch = step / self.steps_per_epoch
+        self.objective.weights = self.settings.weights.at(epoch)
         labelled = [self._term(self.data.labels, self.settings.batch_size, step, 1.0, "labels", 0)]
         if self.settings.replay is not None and self.data.replay is not None:
             replay = self.settings.replay
-            labelled.append(self._term(self.data.replay, replay.batch_size, step, replay.weight, "replay", 1))
+            weight = value_at(replay.weight, epoch)
+            labelled.append(self._term(self.data.replay, replay.batch_size, step, weight, "replay", 1))
         self.optimiser.zero_grad(set_to_none=True)
         loss, parts = self.wrapped(labelled, self._relaxation(step))
         loss.backward()
@@ -234,7 +263,7 @@ class Trainer:
 
     def _refuse_absurd_forces(self, parts: dict[str, Tensor], step: int) -> None:
         for name in ("labels/forces", "replay/forces"):
-            if self.settings.weights.forces > 0 and name in parts and float(parts[name]) > ABSURD_FORCE**2:
+            if self.objective.weights.forces != 0 and name in parts and float(parts[name]) > ABSURD_FORCE**2:
                 raise NotFinite(
                     f"the error of the forces in {name} is {math.sqrt(float(parts[name])):.3g} eV/Å {self._where(step)}"
                 )
@@ -253,7 +282,8 @@ class Trainer:
         self, data: LabelledSet, size: int, step: int, weight: float, name: str, stream: int
     ) -> LabelledTerm:
         indices = draw(len(data), size, step, (*self.settings.seed, stream))
-        mine = share(indices, self.rank.rank, self.rank.world_size)
+        costs = data.num_atoms_each(indices)
+        mine = [indices[i] for i in share(costs, self.rank.rank, self.rank.world_size)]
         batch = data.batch(mine, self.device) if mine else None
         return LabelledTerm(batch, Counts(len(indices), data.num_atoms(indices)), weight, name)
 
@@ -261,11 +291,16 @@ class Trainer:
         bptt = self.settings.relaxation
         if bptt is None or not self.data.relaxations or step % bptt.every:
             return None
+        epoch = step / self.steps_per_epoch
+        weight, steps = value_at(bptt.weight, epoch), round(value_at(bptt.steps, epoch))
+        if weight == 0:
+            return None
         number = step // bptt.every
         indices = draw(len(self.data.relaxations), bptt.batch_size, number, (*self.settings.seed, 2))
-        mine = share(indices, self.rank.rank, self.rank.world_size)
-        pairs = [self.data.relaxations[i] for i in mine]
-        return RelaxationTerm(pairs, len(indices), bptt.weight, bptt.map)
+        pairs = [self.data.relaxations[i] for i in indices]
+        costs = [len(pair.start) * min(steps, pair.num_steps or steps) for pair in pairs]
+        mine = [pairs[i] for i in share(costs, self.rank.rank, self.rank.world_size)]
+        return RelaxationTerm(mine, len(indices), weight, steps, bptt.unrolling)
 
     def _mean_over_ranks(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.rank.world_size == 1:

@@ -17,8 +17,8 @@ from ase import Atoms
 from ase.build import bulk
 
 from hpcft.models.morse import MorsePotential
-from hpcft.relaxation import MapSettings
-from hpcft.training.data import LabelledSet, RelaxationPair
+from hpcft.relaxation import RelaxationPair
+from hpcft.training.data import LabelledSet
 from hpcft.training.distributed import process_group
 from hpcft.training.rank import Rank
 from hpcft.training.trainer import BpttSettings, ReplaySettings, Trainer, TrainingData, TrainingSettings
@@ -46,7 +46,7 @@ def trainer(epochs: int, rank: Rank) -> Trainer:
         batch_size=2,
         learning_rate=0.02,
         replay=ReplaySettings(batch_size=2),
-        relaxation=BpttSettings(weight=0.1, every=2, map=MapSettings(steps=2)),
+        relaxation=BpttSettings(weight=0.1, every=2, steps=2),
     )
     return Trainer(potential, data, settings, rank)
 

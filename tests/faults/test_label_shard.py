@@ -158,6 +158,24 @@ def test_relaxations_come_with_start_and_end_and_unconverged_ones_only_as_failur
     assert [(failed["index"], failed["cause"]) for failed in failures] == [(1, "unconverged")]
 
 
+def test_a_relaxed_cell_is_published_beside_one_that_stayed(
+    tmp_path: Path, counting: Reference, metals: Metals
+) -> None:
+    structures = metals("Cu", "Cu")
+    items = [
+        Item.relaxation(atoms, fmax=0.02, max_steps=80, with_cell=with_cell)
+        for atoms, with_cell in zip(structures, (True, False), strict=True)
+    ]
+    label_items(items, counting, tmp_path / "shard")
+    finish_shard(tmp_path / "shard")
+    moved, stayed = (record.result for record in read_shard(tmp_path / "shard"))
+    assert isinstance(moved, Relaxation)
+    assert isinstance(stayed, Relaxation)
+    assert np.abs(moved.relaxed.cell.array - structures[0].cell.array).max() > 1e-3
+    np.testing.assert_array_equal(moved.start.cell.array, structures[0].cell.array)
+    np.testing.assert_array_equal(stayed.relaxed.cell.array, structures[1].cell.array)
+
+
 def test_structures_with_and_without_stress_share_a_shard(
     tmp_path: Path, counting: Reference, metals: Metals
 ) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcft.models.graph import build_graph
-from hpcft.relaxation import delta_q, minimum_image
+from hpcft.relaxation import cell_distance, delta_q, displacements, minimum_image, rmsd, with_cells
 
 CU, AL = 63.546, 26.9815385  # amu
 
@@ -123,3 +123,108 @@ def test_vectors_shorter_than_half_the_cells_width_come_back_from_any_image(seed
     image = vector + (random.integers(-3, 4, 3) * atoms.pbc) @ cell
     found = minimum_image(torch.from_numpy(image[None]), build_graph([atoms], 0.1))
     np.testing.assert_allclose(found.numpy()[0], vector, atol=1e-12)
+
+
+def cubic(length: float = 6.0) -> Atoms:
+    return Atoms("CuAl", positions=[[0, 0, 0], [0, 0, 2.5]], cell=[length] * 3, pbc=True)
+
+
+def test_in_an_anchored_cell_the_common_drift_counts() -> None:
+    """Its fixed atoms say where it is."""
+    start, end = cubic(), moved(cubic(), (0, [0.4, 0.1, 0]), (1, [0.4, 0.1, 0]))
+    graph = build_graph([start, start], 0.1)
+    target = torch.from_numpy(np.concatenate([end.positions, end.positions]))
+    found = delta_q(graph.positions_n3, target, graph, anchored_b=torch.tensor([True, False]))
+    assert found.tolist() == pytest.approx([np.sqrt((CU + AL) * 0.17), 0.0], abs=1e-5)
+
+
+def test_the_rmsd_is_the_one_computed_by_hand() -> None:
+    molecule = Atoms("CuAl", positions=[[0, 0, 0], [0, 0, 2.5]])
+    graph = build_graph([molecule, cubic()], 0.1)
+    step = torch.tensor([[0.3, 0, -0.4], [0, 0.1, 0], [0.3, 0, 0], [0, 0, 0]], dtype=torch.float64)
+    drift = CU * 0.3 / (CU + AL)  # the centre of mass is what stays, in a cell
+    expected = [np.sqrt((0.25 + 0.01) / 2), np.sqrt(((0.3 - drift) ** 2 + drift**2) / 2)]
+    found = rmsd(graph.positions_n3, graph.positions_n3 + step, graph)
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_pure_strain_is_a_distance_of_cells_and_none_of_atoms(make_alloy: Callable[..., Atoms]) -> None:
+    target = make_alloy((2, 1, 1), seed=1)
+    final = target.copy()
+    final.set_cell(target.cell.array @ np.diag([1.03, 1.0, 0.98]), scale_atoms=True)
+    graph, there = build_graph([final], 0.1), build_graph([target], 0.1)
+    found = delta_q(graph.positions_n3, there.positions_n3, there, final_cell_b33=graph.cell_b33)
+    assert float(found) == pytest.approx(0.0, abs=1e-5)
+    assert float(delta_q(graph.positions_n3, there.positions_n3, there)) > 0.1
+    # By hand: the strain (C - 1) / 2 of the stretched lengths, in units of the mass and of the distance of neighbours.
+    strain = np.array([1.03**2 - 1, 0.0, 0.98**2 - 1]) / 2
+    spacing = (target.get_volume() / len(target)) ** (1 / 3)
+    expected = np.sqrt(4 * (CU + AL)) * spacing * np.linalg.norm(strain)
+    assert float(cell_distance(graph.cell_b33, there)) == pytest.approx(expected, rel=1e-6)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_how_a_cell_is_turned_does_not_count(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    target = bulk("Cu", a=3.7, cubic=True).repeat((2, 1, 1))
+    target.set_cell(target.cell.array + random.uniform(-0.3, 0.3, (3, 3)), scale_atoms=True)
+    final = target.copy()
+    final.set_cell(final.cell.array @ (np.eye(3) + random.uniform(-0.05, 0.05, (3, 3))), scale_atoms=True)
+    final.rattle(0.1, seed=seed)
+    turned = final.copy()
+    turned.rotate(float(random.uniform(0, 360)), random.normal(size=3), rotate_cell=True)
+    there = build_graph([target], 0.1)
+    distances = []
+    for atoms in (final, turned):
+        graph = build_graph([atoms], 0.1)
+        within = delta_q(graph.positions_n3, there.positions_n3, there, final_cell_b33=graph.cell_b33)
+        distances.append([float(within), float(cell_distance(graph.cell_b33, there))])
+    assert min(distances[0]) > 0.1
+    assert distances[1] == pytest.approx(distances[0], rel=1e-9)
+
+
+def test_open_structures_have_no_distance_of_cells_and_may_stand_beside_others(
+    make_alloy: Callable[..., Atoms],
+) -> None:
+    """Fails if a missing cell is inverted."""
+    structures = [make_alloy((1, 1, 1)), Atoms("CuAl", positions=[[0, 0, 0], [0, 0, 2.5]])]
+    graph = build_graph(structures, 0.1)
+    final = graph.positions_n3.clone().requires_grad_(True)
+    cells = (1.01 * graph.cell_b33).requires_grad_(True)
+    within = delta_q(final, graph.positions_n3 + 0.1, graph, final_cell_b33=cells)
+    apart = cell_distance(cells, graph)
+    assert float(within[1].detach()) == pytest.approx(np.sqrt((CU + AL) * 0.03), rel=1e-9)
+    assert float(apart[0].detach()) > 0.1
+    assert float(apart[1].detach()) == pytest.approx(0.0, abs=1e-5)
+    gradients = torch.autograd.grad((within + apart).sum(), [final, cells])
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_all_gradients_stay_finite_where_structures_and_cells_coincide(
+    make_alloy: Callable[..., Atoms],
+) -> None:
+    graph = build_graph([make_alloy()], 0.1)
+    final = graph.positions_n3.clone().requires_grad_(True)
+    cells = graph.cell_b33.clone().requires_grad_(True)
+    same = with_cells(graph, graph.cell_b33)
+    for distance in (
+        delta_q(final, graph.positions_n3, same, final_cell_b33=cells),
+        rmsd(final, graph.positions_n3, same, final_cell_b33=cells),
+        cell_distance(cells, same),
+    ):
+        assert float(distance.detach()) < 1e-5
+        found = torch.autograd.grad(distance.sum(), [final, cells], allow_unused=True, materialize_grads=True)
+        assert all(torch.isfinite(gradient).all() for gradient in found)
+
+
+def test_displacements_lead_from_the_end_to_the_target_within_its_cell() -> None:
+    start, end = cubic(), moved(cubic(), (0, [0.3, 0, 0]), (1, [-0.3 * CU / AL, 0, 0]))
+    graph = build_graph([start], 0.1)
+    found = displacements(graph.positions_n3, torch.from_numpy(end.positions), graph)
+    np.testing.assert_allclose(found.numpy(), end.positions - start.positions, atol=1e-12)
+    larger = 1.1 * graph.cell_b33
+    found = displacements(
+        1.1 * graph.positions_n3, torch.from_numpy(end.positions), graph, final_cell_b33=larger
+    )
+    np.testing.assert_allclose(found.numpy(), end.positions - start.positions, atol=1e-12)

@@ -13,8 +13,8 @@ from ase import Atoms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpcft.md.neighbours import VerletList
 from hpcft.models.graph import Graph, build_graph, find_edges, rebuild_edges
+from hpcft.models.neighbours import VerletList
 
 Pair = tuple[int, int, int, int, int]
 

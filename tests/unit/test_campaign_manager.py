@@ -90,7 +90,7 @@ def test_a_stage_is_planned_submitted_and_collected_and_all_of_it_reads_back(
     assert manager.step().actions == (Collect(0, "probe"),)
     records = read_records(folder)
     stopped = {"0": "exploded", "1": "exploded"}
-    assert records.stages[0].product == {"frames": 6, "stopped": stopped, "tasks": 2}
+    assert records.stages[0].product == {"frames": 6, "stopped": stopped, "replay": None, "tasks": 2}
     assert records.current is not None
     assert records.current.name == "reference"
 

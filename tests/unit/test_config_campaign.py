@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -257,6 +258,21 @@ def test_a_bad_value_is_told_with_line_key_and_remedy(file: Path, old: str, new:
             "20: train.relaxation: needs structures to relax; name their file in relaxations.train",
         ),
         (
+            "epochs: 10",
+            "epochs: 10\n  replay: {file: other.xyz, weight: [[0, 1], [0, 2]]}",
+            "20: train.replay.weight: the epochs of a schedule must increase from 0 on; they are [0.0, 0.0]",
+        ),
+        (
+            "epochs: 10",
+            "epochs: 10\n  replay: {file: other.xyz, weight: [0, 1]}",
+            "20: train.replay.weight: must be a number, or a schedule such as [[0, 0.0], [5, 1.0]]",
+        ),
+        (
+            "epochs: 10",
+            "epochs: 10\n  replay: {file: other.xyz, weight: [[0, -1]]}",
+            "20: train.replay.weight: the values of a schedule must be at least 0",
+        ),
+        (
             "shards: 2",
             "shards: 2\nrelaxations:\n  train: other.xyz\n  test: other.xyz",
             "20: relaxations.test: is the file of relaxations.train",
@@ -278,6 +294,50 @@ def test_settings_that_contradict_each_other_are_told_with_line_key_and_remedy(
     )
     (found,) = problems(file)
     assert problem in found
+
+
+RELAXATION = "shards: 2\nrelaxations: {train: other.xyz}"
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ("weight: 1, steps: 0", "train.relaxation.steps: must be at least 1, but is 0"),
+        (
+            "weight: 1, steps: [[0, 5], [3, 0]]",
+            "train.relaxation.steps: the values of a schedule must be at least 1",
+        ),
+        ("weight: 1, steps: 7.5", "train.relaxation.steps: must be a whole number, but is 7.5"),
+        ("weight: yes", "train.relaxation.weight: must be a number, or a schedule"),
+        ("weight: 1, engine: implicit, last: 3", "train.relaxation.last: engine: implicit does not unroll"),
+        (
+            "weight: 1, map: fire, learn_step_size: global",
+            "train.relaxation.learn_step_size: the map fire has no",
+        ),
+        ("weight: 1, engine: adjont", "but is 'adjont'; did you mean 'adjoint'?"),
+    ],
+)
+def test_a_bad_training_through_relaxations_is_told_with_its_key(file: Path, keys: str, problem: str) -> None:
+    change(file, "shards: 2", RELAXATION)
+    change(file, "epochs: 10", f"epochs: 10\n  relaxation: {{{keys}}}")
+    (found,) = problems(file)
+    assert problem in found
+
+
+def test_weights_and_steps_may_follow_a_schedule_and_relaxations_may_be_learnt_from_alone(file: Path) -> None:
+    change(file, "shards: 2", RELAXATION)
+    change(
+        file,
+        "epochs: 10\n  weights:\n    energy: 10",
+        "epochs: 10\n  weights: {energy: 0, forces: 0}\n  relaxation: {weight: [[0, 0], [5, 1]], steps: [[0, 5], [9, 40]]}",
+    )
+    train = load_campaign(file).train
+    assert train.relaxation is not None
+    assert train.relaxation.weight == ((0.0, 0.0), (5.0, 1.0))
+    assert train.relaxation.steps == ((0.0, 5.0), (9.0, 40.0))
+    stored = Campaign.model_validate(json.loads(json.dumps(load_campaign(file).normalised())))
+    assert stored.train.relaxation is not None
+    assert stored.train.relaxation.steps == train.relaxation.steps
 
 
 def test_a_problem_with_a_default_stands_on_the_line_of_its_section(file: Path) -> None:

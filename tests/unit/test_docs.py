@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpcft.config.campaign import Reference
+from hpcft.config.campaign import Reference, Train
 from hpcft.config.site import Site
 
 ROOT = Path(__file__).parents[2]
@@ -35,9 +35,10 @@ def test_the_examples_of_sites_are_valid_sites() -> None:
     assert Path(in_a_container.python[2]).name == "in-container"
 
 
-def test_the_example_of_a_reference_is_a_valid_reference() -> None:
-    (example,) = yaml_examples("campaigns.md")
-    Reference.model_validate(example["reference"])
+def test_the_examples_of_a_campaign_s_sections_are_valid() -> None:
+    training, reference = yaml_examples("campaigns.md")
+    Train.model_validate(training["train"])
+    Reference.model_validate(reference["reference"])
 
 
 @pytest.mark.parametrize(

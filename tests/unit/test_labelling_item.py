@@ -107,7 +107,8 @@ def test_the_kind_of_work_and_its_settings_are_in_the_key() -> None:
         Item.relaxation(copper(), fmax=0.02, max_steps=100),
         Item.relaxation(copper(), fmax=0.01, max_steps=101),
     ]
-    assert len({item_key(item, EMT) for item in items}) == 4
+    items.append(Item.relaxation(copper(), fmax=0.01, max_steps=100, with_cell=True))
+    assert len({item_key(item, EMT) for item in items}) == 5
     assert item_key(items[0], Reference("ase.calculators.emt.EMT", {"asap_cutoff": True})) != key(copper())
 
 
@@ -125,6 +126,15 @@ def test_an_item_keeps_its_structure_when_the_callers_changes() -> None:
 def test_a_relaxation_without_possible_end_is_refused(fmax: float | None, max_steps: int | None) -> None:
     with pytest.raises(UserError):
         Item("relaxation", copper(), fmax, max_steps)
+
+
+def test_the_cell_of_a_structure_that_is_not_periodic_cannot_relax() -> None:
+    slab = copper()
+    slab.pbc = [True, True, False]
+    with pytest.raises(UserError, match="relax it at fixed cell"):
+        Item.relaxation(slab, fmax=0.1, max_steps=10, with_cell=True)
+    with pytest.raises(UserError, match="single-point"):
+        Item("single-point", copper(), with_cell=True)
 
 
 def test_a_single_point_with_settings_of_a_relaxation_is_refused() -> None:

@@ -50,11 +50,14 @@ def test_a_relaxation_with_moments_comes_back_bit_for_bit() -> None:
     start.set_initial_magnetic_moments([0.1, -2])
     relaxed = start.copy()
     relaxed.positions += 0.1
+    relaxed.set_cell([3.1, 1 / 3, 5])
     relaxation = Relaxation(start, relaxed, 0.1, 0.2, "energy", 7, True, 1e-3)
     read = decode_line(encode_line(Record(0, "k", "relaxation", relaxation, start, 1.5))[:-1])
     assert read is not None
     assert isinstance(read.result, Relaxation)
     assert same_bits(read.result.relaxed.positions, relaxed.positions)
+    assert same_bits(read.result.relaxed.cell.array, relaxed.cell.array)
+    assert same_bits(read.result.start.cell.array, start.cell.array)
     assert same_bits(read.result.start.get_initial_magnetic_moments(), [0.1, -2.0])
     for name in ("energy_start", "energy_relaxed", "energy_kind", "num_steps", "converged", "max_force"):
         assert getattr(read.result, name) == getattr(relaxation, name)

@@ -193,6 +193,18 @@ def test_a_vacancy_relaxes_to_the_force_limit_at_fixed_cell() -> None:
     )
 
 
+def test_a_strained_crystal_relaxes_with_its_cell_to_no_stress_at_all() -> None:
+    atoms = bulk("Cu", cubic=True)
+    atoms.set_cell(atoms.cell.array @ np.diag([1.03, 0.99, 1.01]), scale_atoms=True)
+    relaxation = relax(atoms, EMT(), 0.001, 100, with_cell=True)
+    assert relaxation.converged
+    stress_6 = compute_label(relaxation.relaxed, EMT()).stress_6
+    assert stress_6 is not None
+    assert np.abs(stress_6).max() < 1e-4
+    np.testing.assert_allclose(relaxation.relaxed.cell.lengths(), 3.59, atol=0.02)
+    np.testing.assert_array_equal(relaxation.start.cell.array, atoms.cell.array)
+
+
 def test_a_relaxation_that_runs_out_of_steps_says_so() -> None:
     relaxation = relax(copper(), EMT(), 1e-6, 2)
     assert not relaxation.converged

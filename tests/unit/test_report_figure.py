@@ -15,7 +15,7 @@ from rich.console import Console
 
 from hpcft.report.figure import write_figure
 from hpcft.report.results import METRICS, RoundResult, shown
-from hpcft.report.table import results_table
+from hpcft.report.table import relaxations_table, results_table
 
 NAN = float("nan")
 FULL = {
@@ -107,3 +107,18 @@ def test_the_table_has_a_row_for_each_round_and_counts_labels_and_explosions() -
     )
     assert all(cell in first for cell in ("–", " 0 ", "32 + 32"))
     assert "95% confidence interval" in text
+
+
+def test_the_table_of_relaxations_shows_structures_beside_forces_and_is_left_out_without_any() -> None:
+    extra = {
+        "delta_q_steps": {"value": 40.0, "low": 39.0, "high": 41.0},
+        "rmsd": {"value": 0.25, "low": 0.2, "high": 0.3},
+    }
+    table = relaxations_table([result(0, {**FULL, **extra}), result(1, without("delta_q"))], 0.95)
+    assert table is not None
+    stream = StringIO()
+    Console(file=stream, width=200).print(table)
+    (foundation,) = [line for line in stream.getvalue().splitlines() if "foundation" in line]
+    assert all(cell in foundation for cell in ("40.00 [39.00, 41.00]", "36.60", "0.250 [0.200, 0.300]"))
+    assert "replay" not in stream.getvalue()  # nothing was replayed
+    assert relaxations_table([result(0, FULL)], 0.95) is None

@@ -44,14 +44,32 @@ def test_every_pass_draws_each_item_once_whatever_the_batch_and_the_ranks(
     stream: list[int] = []
     for step in range(num_steps):
         batch = draw(num_items, batch_size, step, seed)
-        shares = [share(batch, rank, ranks) for rank in range(ranks)]
-        assert sorted(chain(*shares)) == sorted(batch)
+        shares = [share([1.0] * len(batch), rank, ranks) for rank in range(ranks)]
+        assert sorted(chain(*shares)) == list(range(len(batch)))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         stream += batch
     for number in range(3):
         assert sorted(stream[number * num_items : (number + 1) * num_items]) == list(range(num_items))
     one_by_one = [draw(num_items, 1, step, seed)[0] for step in range(len(stream))]
     assert stream == one_by_one
+
+
+@given(st.lists(st.floats(0, 100), max_size=20), st.integers(1, 6))
+def test_the_ranks_share_what_there_is_to_do_and_none_has_two_while_another_has_none(
+    costs: list[float], ranks: int
+) -> None:
+    shares = [share(costs, rank, ranks) for rank in range(ranks)]
+    assert sorted(chain(*shares)) == list(range(len(costs)))
+    loads = [sum(costs[i] for i in mine) for mine in shares]
+    # Graham's bound: at most 4/3 of the best, which is at least the mean and the dearest item.
+    least = max([sum(costs) / ranks, *costs])
+    assert max(loads) <= 4 / 3 * least + max(sorted(costs)[::-1][ranks : ranks + 1], default=0.0) + 1e-9
+    if len(costs) >= ranks:
+        assert all(shares)
+
+
+def test_a_large_structure_is_not_put_beside_others_while_another_rank_has_less() -> None:
+    assert [share([100, 10, 10, 10], rank, 2) for rank in range(2)] == [[0], [1, 2, 3]]
 
 
 def test_passes_and_seeds_differ_in_their_order() -> None:

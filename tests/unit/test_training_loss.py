@@ -11,9 +11,9 @@ from ase.build import bulk
 from hpcft.models.graph import build_graph
 from hpcft.models.morse import MorsePotential
 from hpcft.models.protocol import evaluate
-from hpcft.relaxation import MapSettings
-from hpcft.training.data import LabelledSet, RelaxationPair, share
-from hpcft.training.loss import Counts, LabelledTerm, Objective, RelaxationTerm, Weights
+from hpcft.relaxation import Descent, RelaxationPair, Stop
+from hpcft.training.data import LabelledSet, share
+from hpcft.training.loss import Counts, LabelledTerm, Objective, RelaxationTerm, Unrolling, Weights
 
 CUTOFF, DEPTH, WIDTH, LENGTH = 4.0, 0.4, 1.3, 2.5
 MASS = {29: 63.546, 13: 26.9815385}
@@ -128,10 +128,48 @@ def test_a_relaxation_enters_as_the_mean_distance_of_its_end(morse: MorsePotenti
         pairs.append(RelaxationPair(start, end))
         final = start.positions + 0.05 * by_hand(start.positions)[1]
         expected.append(np.sqrt(MASS[29] * np.sum((end.positions - final) ** 2)))
-    term = RelaxationTerm(pairs, 2, 0.25, MapSettings(steps=1, step_size=0.05, max_step=10.0))
+    term = RelaxationTerm(pairs, 2, 0.25, 1, Unrolling(Descent(0.05, max_step=10.0)))
     loss, parts = Objective(morse, WEIGHTS)([], term)
     assert float(parts["relaxation/delta_q"]) == pytest.approx(np.mean(expected), rel=1e-10)
     assert float(loss.detach()) == pytest.approx(0.25 * np.mean(expected), rel=1e-10)
+
+
+def test_a_relaxation_that_diverges_counts_as_nothing_and_is_counted(morse: MorsePotential) -> None:
+    """Fails if one bad start spoils the loss or the gradient of the others."""
+    good = periodic(1)[0]
+    end = good.copy()
+    end.rattle(0.05, seed=3)
+    bad = good.copy()
+    bad.positions[1] = bad.positions[0] + [0.01, 0.0, 0.0]
+    with torch.no_grad():
+        morse.log_depth.add_(3.0)
+    how = Unrolling(Descent(0.001))
+    both = RelaxationTerm([RelaxationPair(good, end), RelaxationPair(bad, good)], 2, 1.0, 3, how)
+    one = RelaxationTerm([RelaxationPair(good, end)], 2, 1.0, 3, how)
+    gradients = []
+    for term, dropped in ((both, 1.0), (one, 0.0)):
+        loss, parts = Objective(morse, Weights(0.0, 0.0))([], term)
+        assert float(parts["relaxation/dropped"]) == dropped / 2
+        assert float(parts["relaxation/steps"]) == 3 / 2
+        gradients.append(torch.autograd.grad(loss, morse.length)[0])
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradient_at_the_minimum_is_that_of_a_long_relaxation(morse: MorsePotential) -> None:
+    start = periodic(1)[0].repeat((2, 1, 1))
+    del start[0]  # in a perfect crystal nothing depends on the model
+    end = start.copy()
+    end.rattle(0.05, seed=3)
+    gradients = []
+    for how in (Unrolling(engine="implicit"), Unrolling(Descent(0.03, 0.8), stop=Stop(fmax=1e-6))):
+        term = RelaxationTerm([RelaxationPair(start, end)], 1, 1.0, 3000, how)
+        loss, parts = Objective(morse, Weights(0.0, 0.0))([], term)
+        assert float(parts["relaxation/dropped"]) == 0
+        gradients.append(torch.cat(torch.autograd.grad(loss, list(morse.parameters()))))
+    assert (
+        float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-3
+    )  # the minimum is known to 1e-4 eV/Å
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
@@ -141,13 +179,13 @@ def test_the_mean_of_the_ranks_losses_and_gradients_is_that_of_one_process(
     data = LabelledSet(periodic(5), CUTOFF, torch.float64)
     indices = [0, 1, 2, 3, 4]
     pairs = [RelaxationPair(atoms, atoms) for atoms in periodic(3)]
-    settings = MapSettings(steps=2)
 
     def loss_and_gradient(ranks: list[int], size: int) -> tuple[float, list[torch.Tensor]]:
         losses, sums = [], [torch.zeros_like(p) for p in morse.parameters()]
         for rank in ranks:
-            labelled = [term_of(data, indices, share(indices, rank, size))]
-            relaxation = RelaxationTerm(share(pairs, rank, size), len(pairs), 0.3, settings)
+            labelled = [term_of(data, indices, share(data.num_atoms_each(indices), rank, size))]
+            mine = [pairs[i] for i in share([len(pair.start) for pair in pairs], rank, size)]
+            relaxation = RelaxationTerm(mine, len(pairs), 0.3, 2)
             loss, _ = Objective(morse, WEIGHTS, size)(labelled, relaxation)
             losses.append(float(loss.detach()))
             # Not allow_unused: DDP waits for every parameter, also on a rank whose share is empty.

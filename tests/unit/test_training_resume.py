@@ -19,9 +19,9 @@ import torch
 from ase.build import bulk
 
 from hpcft.models.morse import MorsePotential
-from hpcft.relaxation import MapSettings
+from hpcft.relaxation import RelaxationPair
 from hpcft.training.checkpoint import Checkpoint, load_latest, save_checkpoint
-from hpcft.training.data import LabelledSet, RelaxationPair
+from hpcft.training.data import LabelledSet
 from hpcft.training.trainer import BpttSettings, ReplaySettings, Trainer, TrainingData, TrainingSettings
 
 EPOCHS = 6
@@ -45,7 +45,7 @@ def trainer(checkpoint_every: int = 1) -> Trainer:
         batch_size=2,
         learning_rate=0.02,
         replay=ReplaySettings(batch_size=2),
-        relaxation=BpttSettings(weight=0.1, every=2, map=MapSettings(steps=2)),
+        relaxation=BpttSettings(weight=0.1, every=2, steps=2),
         checkpoint_every_epochs=checkpoint_every,
     )
     return Trainer(potential, data, settings)

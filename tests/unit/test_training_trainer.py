@@ -12,12 +12,14 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 
+from hpcft.errors import UserError
 from hpcft.models.graph import build_graph
 from hpcft.models.morse import MorsePotential
 from hpcft.models.protocol import evaluate
-from hpcft.relaxation import MapSettings, relax
-from hpcft.training.data import LabelledSet, RelaxationPair
-from hpcft.training.loss import Weights
+from hpcft.relaxation import Descent, RelaxationPair, StepSize, relax
+from hpcft.training.data import LabelledSet
+from hpcft.training.loss import Unrolling, Weights
+from hpcft.training.schedule import scheduled
 from hpcft.training.trainer import (
     BpttSettings,
     NotFinite,
@@ -67,7 +69,9 @@ def test_a_student_that_sees_relaxed_structures_only_learns_to_end_in_them(tmp_p
         starts.append(atoms)
     ends = [result.atoms for result in relax(teacher, starts, fmax=1e-3)]
     pairs = [RelaxationPair(start, end) for start, end in zip(starts, ends, strict=True)]
-    bptt = BpttSettings(weight=1.0, batch_size=2, map=MapSettings(steps=15, step_size=0.03, momentum=0.5))
+    bptt = BpttSettings(
+        weight=1.0, batch_size=2, steps=15, unrolling=Unrolling(Descent(step_size=0.03, momentum=0.5))
+    )
     nothing = Weights(energy=0.0, forces=0.0)
     settings = TrainingSettings(
         1, 1, steps_per_epoch=20, learning_rate=0.01, weights=nothing, relaxation=bptt
@@ -108,7 +112,7 @@ def test_history_has_every_part_of_the_loss_and_the_relaxation_only_where_it_too
         batch_size=2,
         steps_per_epoch=1,
         replay=ReplaySettings(batch_size=1, weight=0.5),
-        relaxation=BpttSettings(weight=0.1, every=3, map=MapSettings(steps=1)),
+        relaxation=BpttSettings(weight=0.1, every=3, steps=1),
     )
     history = Trainer(morse(), data, settings).run(tmp_path)
     assert [("relaxation/delta_q" in row) for row in history] == [True, False, False, True]
@@ -171,3 +175,56 @@ def test_a_gradient_that_is_not_a_number_stops_the_training_before_it_reaches_th
         Trainer(student, TrainingData(data_of(labelled(2))), settings).run(tmp_path)
     assert all(torch.isfinite(p).all() for p in student.parameters())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_and_steps_follow_their_schedules(tmp_path: Path) -> None:
+    """Force loss first, then relaxations of more and more steps; what weighs nothing is not even computed."""
+    structures = labelled(3)
+    data = TrainingData(data_of(structures), relaxations=[RelaxationPair(structures[0], structures[1])])
+    settings = TrainingSettings(
+        4,
+        batch_size=2,
+        steps_per_epoch=1,
+        weights=Weights(energy=scheduled([[2, 1], [3, 0]]), forces=scheduled([[2, 1], [3, 0]])),
+        relaxation=BpttSettings(weight=scheduled([[0, 0], [1, 0.1]]), steps=scheduled([[1, 2], [3, 4]])),
+    )
+    history = Trainer(morse(), data, settings).run(tmp_path)
+    assert ["labels/forces" in row for row in history] == [True, True, True, False]
+    assert [row.get("relaxation/steps") for row in history] == [None, 2, 3, 4]
+
+
+def test_a_step_size_is_learned_beside_the_model_and_resumed_with_it(tmp_path: Path) -> None:
+    structures = labelled(3)
+    data = TrainingData(data_of(structures), relaxations=[RelaxationPair(structures[0], structures[1])])
+
+    def settings(epochs: int) -> TrainingSettings:
+        how = Unrolling(Descent(StepSize(0.02, [29])))
+        bptt = BpttSettings(weight=1.0, steps=4, unrolling=how)
+        return TrainingSettings(epochs, 1, steps_per_epoch=2, learning_rate=0.05, relaxation=bptt)
+
+    for name in ("through", "stopped"):
+        (tmp_path / name).mkdir()
+    through = Trainer(morse(), data, settings(4)).run(tmp_path / "through")
+    sizes = [row["relaxation/step_size"] for row in through]
+    assert len(set(sizes)) == 4
+    stopped = Trainer(morse(), data, settings(4))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run(tmp_path / "stopped", on_epoch=interrupt_after(2))
+    assert Trainer(morse(), data, settings(4)).run(tmp_path / "stopped") == through
+
+
+def interrupt_after(epochs: int) -> Callable[[dict[str, float]], None]:
+    def on_epoch(row: dict[str, float]) -> None:
+        if row["epoch"] == epochs:
+            raise KeyboardInterrupt
+
+    return on_epoch
+
+
+def test_what_is_no_target_is_refused_before_anything_is_trained() -> None:
+    structures = labelled(2)
+    other = structures[1].copy()
+    other.numbers[0] = 13
+    data = TrainingData(data_of(structures), relaxations=[RelaxationPair(structures[0], other)])
+    with pytest.raises(UserError, match="relaxation 0 starts with Cu as atom 0 and ends with Al"):
+        Trainer(morse(), data, TrainingSettings(1, relaxation=BpttSettings(weight=1.0)))
