@@ -373,13 +373,15 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    console = Console(stderr=True)
+    log = Console(stderr=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript's
-        rows = measure_all(QUICK if options.quick else FULL, lambda line: console.print(line, style="dim"))
+        rows = measure_all(QUICK if options.quick else FULL, lambda line: log.print(line, style="dim"))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    Console().print(table_of(rows))
+    console = Console()
+    console.width = max(console.width, 100)  # the table's; a file is 80 wide otherwise
+    console.print(table_of(rows))
 
 
 if __name__ == "__main__":

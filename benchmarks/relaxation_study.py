@@ -148,24 +148,38 @@ class Study:
 # ---- what came out -------------------------------------------------------------------------------------------------
 
 
-def reduction(rows: Sequence[Row], name: str, samples: int = 2000) -> Interval:
-    """By how much the mean of `name` has fallen, per cent, over the test structures of several seeds.
+def reduction(systems: Sequence[Sequence[Row]], name: str, samples: int = 2000) -> Interval:
+    """By how much the mean of `name` has fallen in each system's rows (one for each seed), per cent; the mean over systems.
 
-    Bootstrap over seeds, and over the structures of each; structures stay paired with themselves before the training.
+    Bootstrap over the seeds of each system and the test structures of each seed; a structure stays paired with itself
+    before the training.
     """
     random = np.random.default_rng(0)
-    after = [np.asarray(row[f"{name}_each"]) for row in rows]
-    before = [np.asarray(row[f"{name}_each_before"]) for row in rows]
-    values = []
+    resampled = np.mean([_resampled(rows, name, samples, random) for rows in systems], axis=0)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    values = [
+        _reduction([(row[f"{name}_each"], row[f"{name}_each_before"]) for row in rows]) for rows in systems
+    ]
+    return Interval(float(np.mean(values)), float(low), float(high))
+
+
+def _resampled(rows: Sequence[Row], name: str, samples: int, random: np.random.Generator) -> list[float]:
+    pairs = [(np.asarray(row[f"{name}_each"]), np.asarray(row[f"{name}_each_before"])) for row in rows]
+    found = []
     for _ in range(samples):
-        sums = np.zeros(2)
-        for seed in random.integers(0, len(rows), len(rows)):
-            picks = random.integers(0, len(after[seed]), len(after[seed]))
-            sums += [after[seed][picks].mean(), before[seed][picks].mean()]
-        values.append(100 * (1 - sums[0] / sums[1]))
-    low, high = np.percentile(values, [2.5, 97.5])
-    value = 100 * (1 - sum(a.mean() for a in after) / sum(b.mean() for b in before))
-    return Interval(float(value), float(low), float(high))
+        chosen = []
+        for seed in random.integers(0, len(pairs), len(pairs)):
+            after, before = pairs[seed]
+            picks = random.integers(0, len(after), len(after))
+            chosen.append((after[picks], before[picks]))
+        found.append(_reduction(chosen))
+    return found
+
+
+def _reduction(pairs: Sequence[tuple[Any, Any]]) -> float:
+    """`pairs`: values after and before of each seed's structures."""
+    after, before = (float(sum(np.mean(values) for values in side)) for side in zip(*pairs, strict=True))
+    return 100 * (1 - after / before)
 
 
 def report(rows: Sequence[Row]) -> list[Table]:
@@ -175,7 +189,29 @@ def report(rows: Sequence[Row]) -> list[Table]:
         chosen = [row for row in rows if row["kind"] == kind]
         if chosen:
             tables.append(_table(kind, chosen))
-    return tables
+    main = [row for row in rows if row["kind"] == "main" and row["method"] != "none"]
+    return [*tables, _summary(main)] if main else tables
+
+
+def _summary(rows: Sequence[Row]) -> Table:
+    """The mean over systems, beside the paper's 32 %."""
+    table = Table(title="mean over systems", caption="ratios of errors: after by before")
+    table.add_column("method")
+    for name in ("ΔQ(k) less, %", "ΔQ conv. less, %", "force MAE in", "force MAE out"):
+        table.add_column(name, justify="right")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        same = [row for row in rows if row["method"] == method]
+        systems = [
+            [row for row in same if row["system"] == name]
+            for name in dict.fromkeys(r["system"] for r in same)
+        ]
+        less = [_shown(reduction(systems, name)) for name in ("delta_q_k", "delta_q_converged")]
+        ratios = [
+            np.mean([np.mean([row[name] / row[f"{name}_before"] for row in rows]) for rows in systems])
+            for name in ("force_mae", "force_mae_out")
+        ]
+        table.add_row(method, *less, *(f"{ratio:.2f}" for ratio in ratios))
+    return table
 
 
 def _table(kind: str, rows: Sequence[Row]) -> Table:
@@ -210,8 +246,7 @@ def _cells(identity: tuple[Any, ...], rows: Sequence[Row]) -> list[str]:
     def less(name: str) -> str:
         if identity[1] == "none":
             return "–"
-        found = reduction(rows, name)
-        return f"{found.value:.0f} [{found.low:.0f}, {found.high:.0f}]"
+        return _shown(reduction([rows], name))
 
     system, method, number, step_size, steps = identity
     return [
@@ -220,6 +255,10 @@ def _cells(identity: tuple[Any, ...], rows: Sequence[Row]) -> list[str]:
         mean("force_mae", 1), mean("force_mae_out", 1), mean("energy_mae", 1), mean("energy_mae_out", 1),
         mean("wrong_minimum", 2), mean("cpu_s", 0),
     ]  # fmt: skip
+
+
+def _shown(interval: Interval) -> str:
+    return f"{interval.value:.0f} [{interval.low:.0f}, {interval.high:.0f}]"
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -17,6 +17,7 @@ from hpcft.models.graph import build_graph
 from hpcft.models.protocol import Potential, as_module, device_of, dtype_of, evaluate
 from hpcft.relaxation import (
     Descent,
+    ImplicitReport,
     RelaxationMap,
     RelaxationPair,
     StepSize,
@@ -112,11 +113,19 @@ class Objective(torch.nn.Module):
         self.step_size = step_size  # as a part of this module, so that DDP knows its parameters
         self.weights = weights
         self.world_size = world_size
+        self._implicit: tuple[ImplicitReport, float] | None = None
+
+    def count_left_out(self, parts: dict[str, Tensor]) -> None:
+        """Add to what was dropped those structures that only the backward pass has found to be no minimum."""
+        if self._implicit is not None:
+            report, scale = self._implicit
+            parts["relaxation/dropped"] = parts["relaxation/dropped"] + len(report.left_out) * scale
 
     def forward(
         self, labelled: Sequence[LabelledTerm], relaxation: RelaxationTerm | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         parts: dict[str, Tensor] = {}
+        self._implicit = None
         # Every parameter takes part even where this rank's share of the batch is empty: DDP waits for it.
         zero = torch.stack([p.sum() for p in self.parameters()]).sum()
         total = 0.0 * zero
@@ -176,7 +185,10 @@ class Objective(torch.nn.Module):
         anchored_b = torch.stack([f.any() for f in fixed]).to(device)
         movable_n = ~torch.cat(fixed).to(device)
         if how.engine == "implicit":
-            end, _ = relaxed_implicitly(self._potential, graph, movable_n=movable_n, with_cell=how.with_cell)
+            end, report = relaxed_implicitly(
+                self._potential, graph, movable_n=movable_n, with_cell=how.with_cell
+            )
+            self._implicit = report, float(self.world_size) / term.count
         else:
             end = unroll(
                 self._potential,

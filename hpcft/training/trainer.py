@@ -244,6 +244,7 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         loss, parts = self.wrapped(labelled, self._relaxation(step))
         loss.backward()
+        self.objective.count_left_out(parts)
         clip = self.settings.gradient_clip if self.settings.gradient_clip is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
         # All ranks judge the same numbers, so that all of them go back or none does.

@@ -57,7 +57,7 @@ def test_the_study_writes_a_row_for_every_method_and_resumes_where_it_was_stoppe
     assert len({row["num_labels"] for row in rows[1:]}) == 1
     assert rows[0]["delta_q_converged"] == rows[0]["delta_q_converged_before"]
     assert all(row["delta_q_converged"] != rows[0]["delta_q_converged"] for row in rows[1:])
-    assert [table.title for table in study.report(rows)] == ["main"]
+    assert [table.title for table in study.report(rows)] == ["main", "mean over systems"]
 
 
 def test_a_reduction_is_that_of_the_mean_and_its_interval_knows_that_structures_are_paired(
@@ -68,7 +68,7 @@ def test_a_reduction_is_that_of_the_mean_and_its_interval_knows_that_structures_
     for _ in range(3):
         before = random.uniform(1, 10, 20)
         rows.append({"delta_q_k_each": list(0.6 * before), "delta_q_k_each_before": list(before)})
-    found = study.reduction(rows, "delta_q_k")
+    found = study.reduction([rows, rows[:1]], "delta_q_k")
     assert [found.value, found.low, found.high] == pytest.approx([40, 40, 40])
 
 

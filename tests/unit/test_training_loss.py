@@ -200,3 +200,18 @@ def test_the_mean_of_the_ranks_losses_and_gradients_is_that_of_one_process(
     assert many == pytest.approx(one, rel=1e-12)
     for a, b in zip(gradient_of_one, gradient_of_many, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_a_saddle_that_the_backward_pass_finds_is_counted_as_dropped(morse: MorsePotential) -> None:
+    """A square of atoms, which stays flat by symmetry; to fold it along a diagonal would lower its energy."""
+    square = Atoms("Cu4", positions=[[0, 0, 0], [2.5, 0, 0], [2.5, 2.5, 0], [0, 2.5, 0]])
+    folded = square.copy()
+    folded.positions[[0, 2], 2] += 0.3
+    objective = Objective(morse, Weights(0.0, 0.0))
+    term = RelaxationTerm([RelaxationPair(square, folded)], 1, 1.0, 1, Unrolling(engine="implicit"))
+    loss, parts = objective([], term)
+    assert float(parts["relaxation/dropped"]) == 0
+    loss.backward()
+    objective.count_left_out(parts)
+    assert float(parts["relaxation/dropped"]) == 1
+    assert all(p.grad is None or not p.grad.any() for p in morse.parameters())
