@@ -13,6 +13,7 @@ Shape suffixes: n atoms of the whole batch, b structures, r rows.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from hpcft.models.graph import Graph, concatenate
 from hpcft.models.neighbours import VerletList
-from hpcft.models.protocol import Potential
+from hpcft.models.protocol import Potential, frozen
 
 # Neighbour lists are kept until an atom has moved half of this (Å).
 SKIN = 0.6
@@ -139,7 +140,7 @@ class Coordinates:
         self, potential: Potential, rows_r3: Tensor, listed: Graph, *, create_graph: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Energies [b] in eV, and `forces`."""
-        with torch.enable_grad():
+        with torch.enable_grad(), contextlib.nullcontext() if create_graph else frozen(potential):
             if not rows_r3.requires_grad:
                 rows_r3 = rows_r3.detach().requires_grad_(True)
             energies_b = potential.energies(self.graph_at(rows_r3, listed, potential.cutoff))

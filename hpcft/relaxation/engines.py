@@ -18,7 +18,6 @@ Shape suffixes: b structures, r rows.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -203,9 +202,8 @@ class _Recomputed(torch.autograd.Function):
         ctx.call, ctx.vjp = call, vjp
         ctx.save_for_backward(rows, *parameters)
         forces = torch.empty_like(rows)
-        with _without_gradients(parameters):
-            for here, part in call.parts():
-                forces[here] = part.coordinates.forces(part.potential, rows[here], part.listed)
+        for here, part in call.parts():
+            forces[here] = part.coordinates.forces(part.potential, rows[here], part.listed)
         return forces
 
     @staticmethod
@@ -213,18 +211,6 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         rows, *_ = ctx.saved_tensors
         return None, None, *ctx.vjp(ctx.call, rows, cotangent)
-
-
-@contextlib.contextmanager
-def _without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """TorchScript computes the gradient of every weight that may have one, wanted or not: twice the time of a force."""
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 def _recomputed(potential: Potential, vjp: Vjp) -> Forces:

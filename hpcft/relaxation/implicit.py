@@ -116,12 +116,14 @@ class _AtMinimum(torch.autograd.Function):
     def forward(ctx: Any, problem: _Problem, *parameters: Tensor) -> Tensor:
         ctx.problem = problem
         ctx.dtypes = [p.dtype for p in parameters]
+        ctx.save_for_backward(*parameters)  # so that autograd refuses weights that were changed meanwhile
         return problem.rows.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         problem: _Problem = ctx.problem
+        assert ctx.saved_tensors is not None
         coordinates, twin = problem.coordinates, problem.twin
         rows = problem.rows.detach().clone().requires_grad_(True)
         listed = coordinates.list_at(rows, coordinates.neighbours(twin.cutoff))
