@@ -68,8 +68,8 @@ def metal_crystals(*elements: str) -> list[Atoms]:
 
 
 def silicon_crystals() -> list[Atoms]:
-    """Diamond, and a simple cubic crystal so that the model has seen another coordination than four."""
-    cells = [bulk("Si", "diamond", a=5.43, cubic=True), bulk("Si", "sc", a=2.6).repeat(2)]
+    """Diamond, in its cubic cell and in the primitive one."""
+    cells = [bulk("Si", "diamond", a=5.43, cubic=True), bulk("Si", "diamond", a=5.43)]
     return [at_equilibrium(atoms, Tersoff()) for atoms in cells]
 
 

@@ -185,4 +185,9 @@ def test_submitit_starts_each_rank_through_the_words_of_a_sites_python(
     folders = {Path(result[3]) for result in results}
     assert len(folders) == 2
     assert {folder.parent for folder in folders} == {scratch}
+    deadline = time.monotonic() + 60
+    while (
+        list(scratch.iterdir()) and time.monotonic() < deadline
+    ):  # the results are there before the job has cleared up
+        time.sleep(0.1)
     assert list(scratch.iterdir()) == []
