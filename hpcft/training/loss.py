@@ -18,8 +18,10 @@ from hpcft.models.protocol import Potential, as_module, device_of, dtype_of, eva
 from hpcft.relaxation import (
     Descent,
     ImplicitReport,
+    Lbfgs,
     RelaxationMap,
     RelaxationPair,
+    Solver,
     StepSize,
     Stop,
     Unrolled,
@@ -67,7 +69,8 @@ class LabelledTerm:
 class Unrolling:
     """How a relaxation is followed and differentiated (see `hpcft.relaxation.unroll`).
 
-    `engine` may also be `implicit`: the gradient at the converged minimum, for which steps and map do not matter.
+    `engine` may also be `implicit`: the gradient at the converged minimum, for which steps and map do not matter. The minimum is
+    found by L-BFGS to `minimum_fmax` (eV/Å), the linear system solved to `solver`'s tolerance.
     """
 
     map: RelaxationMap = field(default_factory=Descent)
@@ -75,6 +78,8 @@ class Unrolling:
     stop: Stop | None = None
     last: int | None = None
     with_cell: bool = False
+    minimum_fmax: float = 1e-3
+    solver: Solver = field(default_factory=lambda: Solver(tolerance=1e-4))
 
     @property
     def step_size(self) -> StepSize | None:
@@ -186,7 +191,14 @@ class Objective(torch.nn.Module):
         movable_n = ~torch.cat(fixed).to(device)
         if how.engine == "implicit":
             end, report = relaxed_implicitly(
-                self._potential, graph, movable_n=movable_n, with_cell=how.with_cell
+                self._potential,
+                graph,
+                fmax=how.minimum_fmax,
+                max_stress=0.06 * how.minimum_fmax,
+                map=Lbfgs(),
+                solver=how.solver,
+                movable_n=movable_n,
+                with_cell=how.with_cell,
             )
             self._implicit = report, float(self.world_size) / term.count
         else:
