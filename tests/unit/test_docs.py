@@ -37,7 +37,9 @@ def test_the_examples_of_sites_are_valid_sites() -> None:
 
 def test_the_examples_of_a_campaign_s_sections_are_valid() -> None:
     training, reference = yaml_examples("campaigns.md")
-    Train.model_validate(training["train"])
+    (recommended,) = yaml_examples("relaxation.md")
+    for example in (training, recommended):
+        Train.model_validate(example["train"])
     Reference.model_validate(reference["reference"])
 
 
