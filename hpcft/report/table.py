@@ -40,7 +40,7 @@ def relaxations_table(results: Sequence[RoundResult], confidence: float) -> Tabl
         return None
     table = Table(
         title="relaxed structures, and what they cost",
-        caption=f"in brackets: {confidence:.0%} confidence interval over structures",
+        caption=f"k: the steps of train.relaxation; in brackets: {confidence:.0%} confidence interval over structures",
         caption_justify="left",
     )
     table.add_column("model")

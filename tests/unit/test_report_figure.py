@@ -112,13 +112,13 @@ def test_the_table_has_a_row_for_each_round_and_counts_labels_and_explosions() -
 def test_the_table_of_relaxations_shows_structures_beside_forces_and_is_left_out_without_any() -> None:
     extra = {
         "delta_q_steps": {"value": 40.0, "low": 39.0, "high": 41.0},
-        "rmsd": {"value": 0.25, "low": 0.2, "high": 0.3},
+        "cell_distance": {"value": 0.25, "low": 0.2, "high": 0.3},
     }
     table = relaxations_table([result(0, {**FULL, **extra}), result(1, without("delta_q"))], 0.95)
     assert table is not None
     stream = StringIO()
     Console(file=stream, width=200).print(table)
     (foundation,) = [line for line in stream.getvalue().splitlines() if "foundation" in line]
-    assert all(cell in foundation for cell in ("40.00 [39.00, 41.00]", "36.60", "0.250 [0.200, 0.300]"))
+    assert all(cell in foundation for cell in ("40.00 [39.00, 41.00]", "36.60", "0.25 [0.20, 0.30]"))
     assert "replay" not in stream.getvalue()  # nothing was replayed
     assert relaxations_table([result(0, FULL)], 0.95) is None
