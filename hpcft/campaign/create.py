@@ -109,7 +109,16 @@ def _read_inputs(campaign: Campaign) -> dict[str, Sequence[Atoms]]:
         wanted["relaxations-test"] = campaign.relaxations.test
     if campaign.train.replay is not None:
         wanted["replay"] = campaign.train.replay.file
-    return {name: read_any(path) for name, path in wanted.items()}
+    found: dict[str, Sequence[Atoms]] = {name: read_any(path) for name, path in wanted.items()}
+    if campaign.relaxations.cell:
+        for name in {"relaxations-train", "relaxations-test"} & found.keys():
+            for index, atoms in enumerate(found[name]):
+                if not (atoms.pbc.all() and atoms.cell.rank == 3):
+                    raise UserError(
+                        f"structure {index} of {name} ({atoms.get_chemical_formula()}) is not periodic in all directions, and "
+                        "relaxations.cell lets cells relax; leave it out, or relax all at fixed cell"
+                    )
+    return found
 
 
 def _check_replay(structures: Sequence[Atoms]) -> None:

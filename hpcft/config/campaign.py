@@ -179,7 +179,7 @@ class Relaxations(Section):
     max_steps: Count = 300
     """Steps after which a relaxation gives up."""
     cell: bool = False
-    """Whether the cell relaxes with the atoms, at zero pressure; the reference needs stresses then."""
+    """Whether the cell relaxes with the atoms, at zero pressure; all are periodic in all directions then."""
 
     def _problems(self) -> Iterator[tuple[KeyPath, str]]:
         if self.train is not None and self.train == self.test:
@@ -231,7 +231,7 @@ class RelaxationTraining(Section):
     learn_step_size: Literal["no", "global", "per-element"] = "no"
     """Whether the step size of a descent is learned too, as one number or one for each element."""
     fmax: Annotated[Positive, Unit("eV/Å")] | None = None
-    """Largest force at which a structure is at rest and stops, in eV/Å; left out: relaxations.fmax."""
+    """Largest force at which a structure is at rest and stops, in eV/Å; left out: relaxations.fmax, or 0.001 if implicit."""
     engine: Literal["adjoint", "checkpoint", "plain", "finite-difference", "implicit"] = "adjoint"
     """How the gradient is computed: see docs/relaxation.md; implicit takes the gradient at the converged minimum."""
     last: Count | None = None
@@ -249,6 +249,10 @@ class RelaxationTraining(Section):
                 (key,),
                 "engine: implicit does not unroll any steps; leave this key out, or use engine: adjoint",
             )
+
+
+def _is_never_positive(weight: float | tuple[tuple[float, float], ...]) -> bool:
+    return all(value == 0 for _, value in weight) if isinstance(weight, tuple) else weight == 0
 
 
 class Optimisation(Section):
@@ -272,7 +276,10 @@ class Optimisation(Section):
             )
             yield ("batch_size",), f"{problem}; raise batch_size, or lower ranks"
         weights = (self.weights.energy, self.weights.forces, self.weights.stress)
-        if all(weight == 0 for weight in weights) and getattr(self, "relaxation", None) is None:
+        relaxation = getattr(self, "relaxation", None)
+        if all(map(_is_never_positive, weights)) and (
+            relaxation is None or _is_never_positive(relaxation.weight)
+        ):
             yield (
                 ("weights",),
                 "energy, forces and stress are all 0, so nothing would be learned; raise one of them",

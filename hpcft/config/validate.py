@@ -6,7 +6,6 @@ It is strict: only whole numbers are converted, to floats, so `rounds: true` and
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import reprlib
 from collections.abc import Iterator
@@ -109,6 +108,9 @@ def _input_file(path: Path, info: ValidationInfo) -> Path:
     return found
 
 
+_MOST = 1e100  # a number that a float can hold
+
+
 def _scheduled(value: Any, least: float, what: str) -> float | tuple[tuple[float, float], ...]:
     """A number, or [[epoch, value], ...] with epochs that increase."""
     if _is_number(value):
@@ -137,7 +139,7 @@ def _scheduled(value: Any, least: float, what: str) -> float | tuple[tuple[float
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST
 
 
 Count = Annotated[int, Field(ge=1)]

@@ -126,11 +126,13 @@ def require_twice_differentiable(potential: Potential, graph: Graph) -> None:
     """UserError for a model through whose forces no gradient comes back, tried on `graph`: training through a relaxation
     would be silently of no effect."""
     coordinates = Coordinates.of(graph)
+    may_be_zero = not bool((graph.num_atoms_b > 1).any()) or len(graph.senders_e) == 0
     rows = coordinates.first_rows().detach()
     call = _Call(potential, coordinates, coordinates.neighbours(potential.cutoff).listed)
     try:
         through = _exact_vjp(call, rows, torch.ones_like(rows).cumsum(0))
-        why = "" if through[0] is not None and bool(through[0].any()) else "its second derivative is zero"
+        is_zero = through[0] is None or not bool(through[0].any())
+        why = "its second derivative is zero" if is_zero and not may_be_zero else ""
     except RuntimeError as error:
         why = str(error).split("\n")[0]
     if why:

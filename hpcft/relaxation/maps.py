@@ -76,6 +76,21 @@ class StepSize(torch.nn.Module):
         self.elements = tuple(sorted(set(elements)))
         self.log_eta = torch.nn.Parameter(torch.full((max(1, len(self.elements)),), math.log(initial)))
 
+    def values(self) -> dict[str, list[float]]:
+        """Elements and step sizes as plain numbers; see `from_values`."""
+        return {
+            "elements": [float(z) for z in self.elements],
+            "step_sizes": self.log_eta.detach().exp().tolist(),
+        }
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Sequence[float]]) -> StepSize:
+        """What has given these `values`."""
+        found = cls(1.0, [int(z) for z in values["elements"]])
+        with torch.no_grad():
+            found.log_eta.copy_(torch.tensor(values["step_sizes"]).log())
+        return found
+
     def forward(self, numbers_r: Tensor) -> Tensor:
         """eta of each row, [r, 1], by its atomic number (0: a strain)."""
         if not self.elements:

@@ -34,8 +34,8 @@ METRICS: tuple[tuple[str, str, str], ...] = (
 # What training through relaxations is after, and what it may cost: structures get better, instantaneous forces may get worse.
 RELAXATION_METRICS: tuple[tuple[str, str, str, int], ...] = (
     ("delta_q_steps", "ΔQ after\nk steps", "√amu Å", 2),
-    ("delta_q", "ΔQ\nconverged", "√amu Å", 2),
-    ("cell_distance", "cells\nconverged", "√amu Å", 2),
+    ("delta_q", "ΔQ\nrelaxed", "√amu Å", 2),
+    ("cell_distance", "cells\nrelaxed", "√amu Å", 2),
     ("relaxed_energy_error", "energy of\nthe end off by", "meV/atom", 1),
     ("replay_force_mae_meV_per_A", "force MAE\non replay", "meV/Å", 0),
     ("replay_energy_mae_meV_per_atom", "energy MAE\non replay", "meV/atom", 1),

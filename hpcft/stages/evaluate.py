@@ -39,8 +39,8 @@ def run(task: TaskContext) -> dict[str, Any]:
     pairs = _frame_pairs(context)
     metrics: dict[str, Interval] = bias_metrics(pairs, **options) if pairs else {}
     judged, unconverged = _relaxations(context)
-    for name, values in judged.items():
-        if values:
+    for name, all_values in judged.items():
+        if values := [value for value in all_values if np.isfinite(value)]:
             metrics[name] = interval_of_mean(values, **options)
     distances = judged.get("delta_q", [])
     for name, value in (context.product("probe").get("replay") or {}).items():
@@ -51,6 +51,7 @@ def run(task: TaskContext) -> dict[str, Any]:
         "frames": len(pairs),
         "relaxations": len(distances),
         "relaxations_unconverged": unconverged,
+        "relaxations_diverged": len(distances) - len(judged.get("delta_q_steps", distances)),
         "delta_q_each": distances,
     }
 
@@ -78,8 +79,8 @@ def _frame_pairs(context: StageContext) -> list[FramePair]:
 def _relaxations(context: StageContext) -> tuple[dict[str, list[float]], int]:
     """What the model's relaxations of the test cells are worth, each; and how many ended without convergence.
 
-    Delta Q, RMSD and the distance of cells where they have converged, Delta Q after the steps of train.relaxation, and by how
-    much the energy of the end is off (meV/atom).
+    Delta Q, RMSD and the distance of cells where they have ended, converged or not, Delta Q after the steps of train.relaxation,
+    and by how much the energy of the end is off (meV/atom).
     """
     targets = relaxation_results_by_index(context, "reference", 0)
     ends = [

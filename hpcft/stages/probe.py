@@ -10,9 +10,12 @@ from ase import Atoms
 
 from hpcft.config.campaign import Campaign
 from hpcft.stages.context import StageContext, TaskContext
-from hpcft.stages.sharing import relaxation_map, share_out
+from hpcft.stages.sharing import learned_step_size, relaxation_map, share_out
 from hpcft.storage.structures import count_structures, read_structures, write_structures
 from hpcft.storage.trajectory import Trajectory
+
+_MOST_ATOMS = 2000  # relaxed together
+_MOST_REPLAYED = 200  # replay structures that are judged, evenly spread over the file
 
 
 def ranks(campaign: Campaign) -> int:
@@ -76,7 +79,11 @@ def _on_replay(task: TaskContext, potential: Any) -> dict[str, float] | None:
     from hpcft.training.measure import measure
 
     file = task.context.folder.inputs / "replay.h5"
-    return measure(potential, read_structures(file)) if file.exists() else None
+    if not file.exists():
+        return None
+    count = count_structures(file)
+    chosen = np.unique(np.linspace(0, count - 1, min(count, _MOST_REPLAYED)).round().astype(int))
+    return measure(potential, read_structures(file, [int(i) for i in chosen]))
 
 
 def _stretch(context: StageContext) -> Any:
@@ -124,7 +131,12 @@ def _relax(task: TaskContext, potential: Any) -> list[Atoms]:
     settings = task.context.campaign.relaxations
     starts = read_structures(task.context.folder.inputs / "relaxations-test.h5", indices)
     relaxed = relax(
-        potential, starts, fmax=settings.fmax, max_steps=settings.max_steps, with_cell=settings.cell
+        potential,
+        starts,
+        fmax=settings.fmax,
+        max_steps=settings.max_steps,
+        with_cell=settings.cell,
+        max_atoms=_MOST_ATOMS,
     )
     found = []
     for index, end, after in zip(indices, relaxed, _after_steps(task, potential, starts), strict=True):
@@ -153,23 +165,23 @@ def _after_steps(task: TaskContext, potential: Any, starts: list[Atoms]) -> list
 
     campaign = task.context.campaign
     settings = campaign.train.relaxation
-    if settings is None:
+    if settings is None or settings.engine == "implicit":
         return [None] * len(starts)
-    graph = build_graph(starts, potential.cutoff, dtype=dtype_of(potential), device=device_of(potential))
+    step_size = learned_step_size(task.context, task.context.round)
+    map_ = relaxation_map(settings, None if step_size is None else step_size.to(device_of(potential)))
     steps = round(value_at(scheduled(settings.steps), campaign.train.epochs))
     stop = Stop(fmax=settings.fmax or campaign.relaxations.fmax)
-    with torch.no_grad():
-        end = unroll(
-            potential, graph, relaxation_map(settings), steps, stop=stop, with_cell=campaign.relaxations.cell
-        )
-    positions = end.positions_n3.cpu().double().numpy()
-    structure = graph.structure_n.cpu().numpy()
-    positions[~end.valid_b.cpu().numpy()[structure]] = np.nan
-    cells = end.cell_b33.cpu().double().numpy()
-    return [
-        Atoms(atoms.numbers, positions[structure == b], cell=cells[b], pbc=atoms.pbc)
-        for b, atoms in enumerate(starts)
-    ]
+    found: list[Atoms | None] = []
+    for atoms in starts:  # one by one: few steps, and any number of structures fits
+        graph = build_graph([atoms], potential.cutoff, dtype=dtype_of(potential), device=device_of(potential))
+        with torch.no_grad():
+            end = unroll(potential, graph, map_, steps, stop=stop, with_cell=campaign.relaxations.cell)
+        positions = end.positions_n3.cpu().double().numpy()
+        if not bool(end.valid_b):
+            positions = np.full_like(positions, np.nan)
+        cell = end.cell_b33[0].cpu().double().numpy()
+        found.append(Atoms(atoms.numbers, positions, cell=cell, pbc=atoms.pbc))
+    return found
 
 
 def collect(context: StageContext) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ase import Atoms
 
 from hpcft.config.campaign import RelaxationTraining
 from hpcft.stages.context import StageContext
+from hpcft.storage.atomic import read_json
 from hpcft.storage.structures import count_structures, read_structures
 from hpcft.storage.trajectory import Trajectory
 
@@ -30,6 +31,15 @@ def relaxation_map(settings: RelaxationTraining, step_size: StepSize | None = No
     if settings.map == "fire":
         return Fire(max_step=settings.max_step)
     return Descent(step_size or settings.step_size, settings.momentum, settings.max_step)
+
+
+def learned_step_size(context: StageContext, round_: int) -> StepSize | None:
+    """What the training of a round has made of the relaxation's step size; None where it was not learned, or in round 0."""
+    from hpcft.relaxation import StepSize
+
+    product = context.folder.stage(round_, "train").product
+    values = read_json(product).get("step_size") if product.exists() else None
+    return None if values is None else StepSize.from_values(values)
 
 
 def every(count: int, first: int, step: int) -> dict[str, int]:

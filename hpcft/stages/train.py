@@ -10,7 +10,7 @@ from hpcft.config.campaign import Campaign
 from hpcft.errors import CampaignStopped, UserError
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.labels import relaxation_results_by_index, training_labels
-from hpcft.stages.sharing import relaxation_map
+from hpcft.stages.sharing import learned_step_size, relaxation_map
 from hpcft.storage.atomic import write_text
 from hpcft.storage.structures import read_structures
 
@@ -62,6 +62,7 @@ def run(task: TaskContext) -> dict[str, Any]:
         "epochs": len(history),
         "first": history[0],
         "last": history[-1],
+        "step_size": None if trainer.step_size is None else trainer.step_size.values(),
         "model_sha256": sha256_of(final) if task.rank.is_first else None,
     }
 
@@ -135,38 +136,38 @@ def _settings(context: StageContext, elements: Sequence[int]) -> TrainingSetting
             scheduled(train.weights.energy), scheduled(train.weights.forces), scheduled(train.weights.stress)
         ),
         replay=None if replay is None else ReplaySettings(replay.batch_size, scheduled(replay.weight)),
-        relaxation=_bptt(context.campaign, elements),
+        relaxation=_bptt(context, elements),
         gradient_clip=train.gradient_clip,
         checkpoint_every_epochs=train.checkpoint_every_epochs,
         seed=context.entropy("train", context.round),
     )
 
 
-def _bptt(campaign: Campaign, elements: Sequence[int]) -> BpttSettings | None:
+def _bptt(context: StageContext, elements: Sequence[int]) -> BpttSettings | None:
     from hpcft.relaxation import StepSize, Stop
     from hpcft.training.loss import Unrolling
     from hpcft.training.schedule import scheduled
     from hpcft.training.trainer import BpttSettings
 
+    campaign = context.campaign
     settings = campaign.train.relaxation
     if settings is None:
         return None
-    learned = {
-        "no": None,
-        "global": StepSize(settings.step_size),
-        "per-element": StepSize(settings.step_size, elements),
-    }
+    learned = learned_step_size(context, context.round - 1)
+    if learned is None and settings.learn_step_size != "no":
+        learned = StepSize(settings.step_size, elements if settings.learn_step_size == "per-element" else ())
     return BpttSettings(
         weight=scheduled(settings.weight),
         every=settings.every,
         batch_size=settings.batch_size,
         steps=scheduled(settings.steps),
         unrolling=Unrolling(
-            relaxation_map(settings, learned[settings.learn_step_size]),
+            relaxation_map(settings, learned),
             settings.engine,
             Stop(fmax=settings.fmax or campaign.relaxations.fmax),
             settings.last,
             campaign.relaxations.cell,
+            settings.fmax or Unrolling.minimum_fmax,
         ),
     )
 

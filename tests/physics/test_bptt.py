@@ -379,5 +379,8 @@ def test_a_model_that_cannot_be_differentiated_twice_is_refused(
 ) -> None:
     graph = build_graph([make_alloy()], morse.cutoff)
     require_twice_differentiable(morse, graph)
+    require_twice_differentiable(
+        morse, build_graph([Atoms("Cu", cell=[2.6] * 3, pbc=True)], morse.cutoff)
+    )  # nothing to tell by
     with pytest.raises(UserError, match="not twice differentiable"):
         require_twice_differentiable(kind([13, 29]).double(), graph)

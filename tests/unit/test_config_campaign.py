@@ -253,6 +253,11 @@ def test_a_bad_value_is_told_with_line_key_and_remedy(file: Path, old: str, new:
         ),
         ("energy: 10", "{energy: 0, forces: 0}", "20: train.weights: energy, forces and stress are all 0"),
         (
+            "energy: 10",
+            "{energy: [[0, 0]], forces: 0}",
+            "20: train.weights: energy, forces and stress are all 0",
+        ),
+        (
             "epochs: 10",
             "epochs: 10\n  relaxation: {weight: 1}",
             "20: train.relaxation: needs structures to relax; name their file in relaxations.train",
