@@ -26,6 +26,7 @@ from hpcft.config.validate import (
     Section,
     Seed,
     Unit,
+    always_zero,
     matching,
     shown,
     validate,
@@ -251,10 +252,6 @@ class RelaxationTraining(Section):
             )
 
 
-def _is_never_positive(weight: float | tuple[tuple[float, float], ...]) -> bool:
-    return all(value == 0 for _, value in weight) if isinstance(weight, tuple) else weight == 0
-
-
 class Optimisation(Section):
     """Minimisation of a loss over labelled structures."""
 
@@ -277,9 +274,7 @@ class Optimisation(Section):
             yield ("batch_size",), f"{problem}; raise batch_size, or lower ranks"
         weights = (self.weights.energy, self.weights.forces, self.weights.stress)
         relaxation = getattr(self, "relaxation", None)
-        if all(map(_is_never_positive, weights)) and (
-            relaxation is None or _is_never_positive(relaxation.weight)
-        ):
+        if all(map(always_zero, weights)) and (relaxation is None or always_zero(relaxation.weight)):
             yield (
                 ("weights",),
                 "energy, forces and stress are all 0, so nothing would be learned; raise one of them",

@@ -138,6 +138,11 @@ def _scheduled(value: Any, least: float, what: str) -> float | tuple[tuple[float
     return tuple((float(epoch), float(at)) for epoch, at in points)
 
 
+def always_zero(scheduled: float | tuple[tuple[float, float], ...]) -> bool:
+    """Whether a number or a schedule is 0 at all times."""
+    return all(value == 0 for _, value in scheduled) if isinstance(scheduled, tuple) else scheduled == 0
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST
 
