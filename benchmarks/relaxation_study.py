@@ -5,12 +5,13 @@
 
 A label is one energy with forces by the reference. For each of N training structures the reference relaxes it, and every
 method may use all that this has produced and nothing else: the labels of all frames on the way (`forces`), the end as the
-target of the model's own relaxation (`bptt`), or both (`combined`). So `num_labels` is the same for all methods of a row's
+target of the model's own relaxation (`bptt`), or both (`combined`); `forces-long` is `forces` with as many steps as take the
+processor time of `combined`. So `num_labels` is the same for all methods of a row's
 system, seed and N, though BPTT looks at the ends alone. The data of the foundation (replay) are free: it comes with them.
 
 Foundations are small MACEs that have seen pristine crystals only, strained and rattled, under the same reference. A seed
 stands for a foundation, its training and test structures, and the order of training. Delta Q (amu^1/2 Å, arXiv 2512.01067)
-is judged on relaxations that no model has seen, after k steps of the heavy-ball map and at convergence (FIRE, 0.01 eV/Å);
+is judged on relaxations that no model has seen, after k steps of the heavy-ball map and at convergence (L-BFGS, 0.002 eV/Å);
 errors of forces (meV/Å) and energies (meV/atom) along the test relaxations, and out of domain (`_out`) on pristine crystals
 that were held out. `wrong_minimum`: the share of ends from which the reference itself relaxes to another minimum.
 
@@ -23,7 +24,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ QUICK = Sizes(
     num_test=6,
     force_steps=60,
     force_steps_first=30,
+    force_steps_long=120,
     bptt_steps=10,
 )
 DATA_EFFICIENCY = (5, 10, 20, 50)
@@ -72,6 +74,7 @@ class Run:
             "num_relaxations": self.sizes.num_train,
             "step_size": self.system.step_size * self.sizes.step_size_factor,
             "steps": self.sizes.steps,
+            "settings": asdict(self.sizes),
         }
 
 
@@ -91,7 +94,7 @@ def runs(options: argparse.Namespace, sizes: Sizes) -> Iterator[Run]:
     if options.only in (None, "robustness"):
         variants = [replace(sizes, step_size_factor=factor) for factor in STEP_SIZE_FACTORS]
         variants += [replace(sizes, steps=steps) for steps in STEPS]
-        through = [method for method in trained if method != "forces"]
+        through = [method for method in trained if method in ("bptt", "combined")]
         for seed in options.seeds:
             for changed in variants:
                 yield from (Run("robustness", systems[0], method, seed, changed) for method in through)

@@ -32,9 +32,9 @@ from hpcft.training.measure import measure
 from hpcft.training.schedule import scheduled
 from hpcft.training.trainer import BpttSettings, ReplaySettings, Trainer, TrainingData, TrainingSettings
 
-METHODS = ("none", "forces", "bptt", "combined")
-# Of a relaxation that is to converge.
-MOST_STEPS = 400
+METHODS = ("none", "forces", "forces-long", "bptt", "combined")
+# Of a relaxation that is to converge, by L-BFGS to eV/Å and eV/Å^3.
+MOST_STEPS, TIGHT, TIGHT_STRESS = 600, 0.002, 1e-4
 # A reference relaxation from the model's end that ends further than this from the target (amu^1/2 Å) is in another minimum.
 OTHER_MINIMUM = 0.3
 
@@ -55,9 +55,15 @@ class Sizes:
     num_test: int = 20
     force_steps: int = 400
     force_steps_first: int = 150
+    force_steps_long: int = 1600
     bptt_steps: int = 50
     steps: int = STEPS
     step_size_factor: float = 1.0
+    learning_rate: float = 1e-2
+    bptt_weight: float = 0.2
+    bptt_every: int = 4
+    replay_batch: int = 2
+    replay_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -183,21 +189,22 @@ def settings_of(method: str, system: System, sizes: Sizes, seed: int) -> Trainin
             checkpoint_every_epochs=sizes.bptt_steps,
             seed=(seed,),
         )
+    steps = sizes.force_steps_long if method == "forces-long" else sizes.force_steps
     forces = TrainingSettings(
-        epochs=sizes.force_steps,
+        epochs=steps,
         batch_size=2,
         steps_per_epoch=1,
-        learning_rate=1e-2,
+        learning_rate=sizes.learning_rate,
         weights=Weights(energy=20.0, stress=100.0 if system.with_cell else 0.0),
-        replay=ReplaySettings(batch_size=2),
-        checkpoint_every_epochs=sizes.force_steps,
+        replay=ReplaySettings(sizes.replay_batch, sizes.replay_weight),
+        checkpoint_every_epochs=steps,
         seed=(seed,),
     )
-    if method == "forces":
+    if method != "combined":
         return forces
     first = sizes.force_steps_first
-    weight = scheduled([[first, 0], [first + 5, 0.2]])
-    bptt = BpttSettings(weight, every=4, batch_size=2, steps=sizes.steps, unrolling=unrolling)
+    weight = scheduled([[first, 0], [first + 5, sizes.bptt_weight]])
+    bptt = BpttSettings(weight, every=sizes.bptt_every, batch_size=2, steps=sizes.steps, unrolling=unrolling)
     return replace(forces, relaxation=bptt)
 
 
@@ -222,7 +229,15 @@ def judged(potential: Potential, problem: Problem) -> dict[str, Any]:
     starts, targets = [r.frames[0] for r in test], [r.frames[-1] for r in test]
     map_, cell = Descent(system.step_size, momentum=MOMENTUM), system.with_cell
     truncated = relax(potential, starts, fmax=1e-9, max_steps=STEPS, optimiser=map_, with_cell=cell)
-    converged = relax(potential, starts, fmax=0.01, max_steps=MOST_STEPS, with_cell=cell)
+    converged = relax(
+        potential,
+        starts,
+        fmax=TIGHT,
+        max_stress=TIGHT_STRESS,
+        max_steps=MOST_STEPS,
+        optimiser="lbfgs",
+        with_cell=cell,
+    )
     ends = [relaxed.atoms for relaxed in converged]
     inside = measure(potential, [frame for r in test for frame in _some(r.frames, 6)])
     outside = measure(potential, problem.pristine_test)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
+import time
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from hpcft.relaxation import Relaxed
 
 _MOST_ROWS = 40  # of the table on the terminal
+_SAVE_EVERY_S = 60
 
 
 class Optimiser(StrEnum):
@@ -82,7 +85,7 @@ def relax(
 ) -> None:
     """Relax the structures of a file, many at a time, and write them with energies and forces of the model.
 
-    Exit code 1 if one has not converged (all are written all the same).
+    Exit code 1 if one has not converged (all are written all the same), 130 if interrupted: what had ended is written.
     """
     for name, value in (("--fmax", fmax), ("--max-stress-GPa", max_stress_GPa)):
         if not (value > 0 and math.isfinite(value)):
@@ -113,20 +116,26 @@ def relax(
         "max_stress": max_stress_GPa * GPa,
         "max_atoms": batch_atoms,
     }
-    results = _relax_all(potential, structures, console, options)
-    _write(target, results)
-    rows = [
-        _row(number, *both, with_cell) for number, both in enumerate(zip(structures, results, strict=True))
-    ]
+    results: dict[int, Relaxed] = {}
+    ended = _relax_all(potential, structures, console, options, _Keeper(target, results))
+    if not results:
+        raise typer.Exit(130)
+    rows = [_row(number, structures[number], result, with_cell) for number, result in sorted(results.items())]
     if table_file is not None:
         _write_csv(table_file, rows)
     _show(console, rows)
-    num_converged = sum(result.converged for result in results)
+    num_converged = sum(result.converged for result in results.values())
+    num_steps = sum(result.num_steps for result in results.values())
     console.print(
-        f"{num_converged} of {len(results)} converged, {sum(r.num_steps for r in results)} steps in all: {target}",
-        soft_wrap=True,
+        f"{num_converged} of {len(structures)} converged, {num_steps} steps in all: {target}", soft_wrap=True
     )
-    if num_converged < len(results):
+    if not ended:
+        left = len(structures) - len(results)
+        console.print(
+            f"interrupted: {left} had not ended and are not in the file; input_index says which are"
+        )
+        raise typer.Exit(130)
+    if num_converged < len(structures):
         raise typer.Exit(1)
 
 
@@ -178,9 +187,42 @@ def _check_structures(structures: Sequence[Atoms], file: Path, potential: Potent
         fixed_atoms(atoms, name)
 
 
+class _Keeper:
+    """Writes what has ended: now and then, so that hours of work do not hang on the last structure, and at the end."""
+
+    def __init__(self, target: Path, results: dict[int, Relaxed]) -> None:
+        self.target, self.results = target, results
+        self._saved_at = time.monotonic()
+
+    def take(self, number: int, result: Relaxed) -> None:
+        self.results[number] = result
+        if time.monotonic() - self._saved_at > _SAVE_EVERY_S:
+            self.save()
+
+    def save(self) -> None:
+        """Under names that ASE's reader leaves where they are; `energy` and `forces` it would move into a calculator."""
+        from hpcft.storage.extxyz import write_extxyz
+
+        for number, result in self.results.items():
+            result.atoms.info |= {
+                "input_index": number,
+                "model_energy": result.energy,
+                "converged": result.converged,
+                "num_steps": result.num_steps,
+            }
+            result.atoms.arrays["model_forces"] = result.forces
+        write_extxyz(self.target, [result.atoms for _, result in sorted(self.results.items())])
+        self._saved_at = time.monotonic()
+
+
 def _relax_all(
-    potential: Potential, structures: Sequence[Atoms], console: Console, options: dict[str, Any]
-) -> list[Relaxed]:
+    potential: Potential,
+    structures: Sequence[Atoms],
+    console: Console,
+    options: dict[str, Any],
+    keeper: _Keeper,
+) -> bool:
+    """Whether it came to its end; interrupted by Ctrl-C or SIGTERM, it keeps what had ended by then."""
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -188,6 +230,7 @@ def _relax_all(
 
     columns = (TextColumn("relaxing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     failed = TextColumn("[red]{task.fields[failed]}")
+    ended = False
     with Progress(
         *columns, failed, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
@@ -195,29 +238,25 @@ def _relax_all(
 
         def on_done(number: int, result: Relaxed) -> None:
             nonlocal num_failed
+            keeper.take(number, result)
             num_failed += not result.converged
             progress.update(task, advance=1, failed=f"{num_failed} not converged" if num_failed else "")
 
+        polite_end = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            return relax_together(potential, structures, on_done=on_done, **options)
+            relax_together(potential, structures, on_done=on_done, **options)
+            ended = True
+        except KeyboardInterrupt:
+            pass
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{options['max_atoms']} atoms together are too many for the memory of the GPU; set --batch-atoms lower"
             ) from error
-
-
-def _write(target: Path, results: Sequence[Relaxed]) -> None:
-    """Under names that ASE's reader leaves where they are; `energy` and `forces` it would move into a calculator."""
-    from hpcft.storage.extxyz import write_extxyz
-
-    for result in results:
-        result.atoms.info |= {
-            "model_energy": result.energy,
-            "converged": result.converged,
-            "num_steps": result.num_steps,
-        }
-        result.atoms.arrays["model_forces"] = result.forces
-    write_extxyz(target, [result.atoms for result in results])
+        finally:
+            signal.signal(signal.SIGTERM, polite_end)
+    if keeper.results:
+        keeper.save()
+    return ended
 
 
 def _row(number: int, start: Atoms, result: Relaxed, with_cell: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -13,7 +14,8 @@ from torch import Tensor
 from hpcft.errors import UserError
 from hpcft.models.graph import Graph
 
-with warnings.catch_warnings():
+# What mace prints while it is imported (that cuequivariance is not installed) is no output of ours.
+with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
     # e3nn 0.4.4 loads its own constants without `weights_only` after mace has set
     # TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD for the whole process; every load of ours names it.
     warnings.simplefilter("ignore")

@@ -22,6 +22,8 @@ class RoundResult:
     failed_labels: int
     exploded: int
     replicas_frames: int
+    relaxations_unconverged: int = 0
+    relaxations_refused: tuple[str, ...] = ()
 
 
 METRICS: tuple[tuple[str, str, str], ...] = (
@@ -68,6 +70,7 @@ def read_results(folder: CampaignFolder) -> list[RoundResult]:
             RoundResult(
                 round_, evaluation["metrics"], training, judging, relaxations, failed,
                 len(probe["stopped"]), int(probe["frames"]),
+                int(evaluation.get("relaxations_unconverged", 0)), tuple(evaluation.get("relaxations_refused", ())),
             )
         )  # fmt: skip
     return results

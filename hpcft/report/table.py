@@ -52,3 +52,18 @@ def relaxations_table(results: Sequence[RoundResult], confidence: float) -> Tabl
             *(shown(row.metrics.get(name), digits) for name, _, _, digits in columns),
         )
     return table
+
+
+def relaxation_notes(results: Sequence[RoundResult]) -> list[str]:
+    """What the numbers do not say: relaxations that were judged before they had converged, and targets that were refused."""
+    notes = []
+    for row in results:
+        model = "the foundation" if row.round == 0 else f"round {row.round}"
+        if row.relaxations_unconverged:
+            notes.append(
+                f"{model}: {row.relaxations_unconverged} of its relaxations did not converge; ΔQ is where they stopped"
+            )
+        if row.relaxations_refused:
+            number = len(row.relaxations_refused)
+            notes.append(f"{model}: {number} without a target: {row.relaxations_refused[0]}")
+    return notes

@@ -10,7 +10,7 @@ from ase import Atoms
 
 from hpcft.bias import FramePair, Interval, bias_metrics, interval_of_mean
 from hpcft.config.campaign import Campaign
-from hpcft.errors import CampaignStopped
+from hpcft.errors import CampaignStopped, UserError
 from hpcft.labelling.label import Relaxation
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.labels import label_outcomes, relaxation_results_by_index
@@ -38,7 +38,8 @@ def run(task: TaskContext) -> dict[str, Any]:
     }
     pairs = _frame_pairs(context)
     metrics: dict[str, Interval] = bias_metrics(pairs, **options) if pairs else {}
-    judged, unconverged = _relaxations(context)
+    ends, targets, refused = _relaxations(context)
+    judged = _judged(ends, targets) if ends else {}
     for name, all_values in judged.items():
         if values := [value for value in all_values if np.isfinite(value)]:
             metrics[name] = interval_of_mean(values, **options)
@@ -50,7 +51,8 @@ def run(task: TaskContext) -> dict[str, Any]:
         "metrics": {name: vars(interval) for name, interval in metrics.items()},
         "frames": len(pairs),
         "relaxations": len(distances),
-        "relaxations_unconverged": unconverged,
+        "relaxations_unconverged": sum(1 for atoms in ends if not int(atoms.info["converged"])),
+        "relaxations_refused": refused,
         "relaxations_diverged": len(distances) - len(judged.get("delta_q_steps", distances)),
         "delta_q_each": distances,
     }
@@ -76,22 +78,36 @@ def _frame_pairs(context: StageContext) -> list[FramePair]:
     return pairs
 
 
-def _relaxations(context: StageContext) -> tuple[dict[str, list[float]], int]:
-    """What the model's relaxations of the test cells are worth, each; and how many ended without convergence.
+def _relaxations(context: StageContext) -> tuple[list[Atoms], list[Relaxation], list[str]]:
+    """Where the model's relaxations of the test cells ended, where the reference's did, and what is no target and why."""
+    from hpcft.relaxation import RelaxationPair, check_pair
+
+    targets = relaxation_results_by_index(context, "reference", 0)
+    ends, wanted, refused = [], [], {}
+    for task in context.tasks_of("probe"):
+        for atoms in read_structures(task.path / "relaxed.h5"):
+            number = int(atoms.info["relaxation"])
+            target = targets.get(number)
+            if target is None:
+                continue
+            try:
+                pair = RelaxationPair(target.start, target.relaxed)
+                check_pair(pair, f"relaxation {number}", with_cell=context.campaign.relaxations.cell)
+            except UserError as error:
+                refused[number] = str(error)
+                continue
+            ends.append(atoms)
+            wanted.append(target)
+    return ends, wanted, list(refused.values())
+
+
+def _judged(ends: Sequence[Atoms], wanted: Sequence[Relaxation]) -> dict[str, list[float]]:
+    """What the model's relaxations are worth, each.
 
     Delta Q, RMSD and the distance of cells where they have ended, converged or not, Delta Q after the steps of train.relaxation,
     and by how much the energy of the end is off (meV/atom).
     """
-    targets = relaxation_results_by_index(context, "reference", 0)
-    ends = [
-        atoms for task in context.tasks_of("probe") for atoms in read_structures(task.path / "relaxed.h5")
-    ]
-    ends = [atoms for atoms in ends if int(atoms.info["relaxation"]) in targets]
-    judged: dict[str, list[float]] = {}
-    if not ends:
-        return judged, 0
-    wanted = [targets[int(atoms.info["relaxation"])] for atoms in ends]
-    judged |= _distances(ends, wanted)
+    judged = _distances(ends, wanted)
     judged["relaxed_energy_error"] = [
         1e3 * (float(atoms.info["model_energy"]) - target.energy_relaxed) / len(atoms)
         for atoms, target in zip(ends, wanted, strict=True)
@@ -109,7 +125,7 @@ def _relaxations(context: StageContext) -> tuple[dict[str, list[float]], int]:
     if after:
         structures, aims = zip(*after, strict=True)
         judged["delta_q_steps"] = _distances(structures, aims)["delta_q"]
-    return judged, sum(1 for atoms in ends if not int(atoms.info["converged"]))
+    return judged
 
 
 def _distances(structures: Sequence[Atoms], targets: Sequence[Relaxation]) -> dict[str, list[float]]:

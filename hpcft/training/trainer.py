@@ -250,6 +250,7 @@ class Trainer:
         # All ranks judge the same numbers, so that all of them go back or none does.
         parts = self._mean_over_ranks({"loss": loss.detach(), **parts, "norm": norm})
         norm = parts.pop("norm")
+        _average_what_is_left(parts)
         if not torch.isfinite(parts["loss"]):
             raise NotFinite(
                 f"the loss is {float(parts['loss'])} {self._where(step)}; parts: {_numbers(parts)}"
@@ -309,6 +310,16 @@ class Trainer:
         values = torch.stack([value.to(self.device, torch.float64) for value in parts.values()])
         dist.all_reduce(values)
         return dict(zip(parts, values / self.rank.world_size, strict=True))
+
+
+def _average_what_is_left(parts: dict[str, Tensor]) -> None:
+    """Delta Q is reported for the relaxations that count in the loss; not at all where every one was left out."""
+    if "relaxation/dropped" not in parts:
+        return
+    kept = 1 - parts["relaxation/dropped"]
+    delta_q = parts.pop("relaxation/delta_q")
+    if float(kept) > 1e-9:
+        parts["relaxation/delta_q"] = delta_q / kept
 
 
 def _numbers(parts: dict[str, Tensor]) -> str:

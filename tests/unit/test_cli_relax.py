@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +166,33 @@ def test_a_structure_that_does_not_converge_is_written_too_and_the_exit_code_is_
     assert "0 of 2 converged" in done.stdout
     written = read(folder / "starts-relaxed.extxyz", ":")
     assert [(bool(a.info["converged"]), a.info["num_steps"]) for a in written] == [(False, 3)] * 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_it_keeps_what_had_ended(
+    command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setattr("hpcft.cli.relax._SAVE_EVERY_S", 0)
+    alone = Atoms("Cu", info={"name": "without forces"})
+    write(folder / "mixed.extxyz", [starts()[0], alone])
+    target = folder / "mixed-relaxed.extxyz"
+
+    def interrupt() -> None:
+        while not target.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    done = command("mixed.extxyz", "--fmax", "1e-300", "--max-steps", "1000000000", "--table", "table.csv")
+    thread.join()
+    assert done.returncode == 130
+    assert "1 of 2 converged" in done.stdout
+    assert "interrupted: 1 had not ended" in done.stdout
+    (atoms,) = read(target, ":")
+    assert (atoms.info["name"], atoms.info["input_index"]) == ("without forces", 1)
+    rows = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
+    assert [row["number"] for row in rows] == ["1"]
 
 
 def test_what_is_there_is_overwritten_only_by_force(command: Command, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from hpcft.report.figure import write_figure
 from hpcft.report.results import METRICS, RoundResult, shown
-from hpcft.report.table import relaxations_table, results_table
+from hpcft.report.table import relaxation_notes, relaxations_table, results_table
 
 NAN = float("nan")
 FULL = {
@@ -122,3 +123,14 @@ def test_the_table_of_relaxations_shows_structures_beside_forces_and_is_left_out
     assert all(cell in foundation for cell in ("40.00 [39.00, 41.00]", "36.60", "0.25 [0.20, 0.30]"))
     assert "replay" not in stream.getvalue()  # nothing was replayed
     assert relaxations_table([result(0, FULL)], 0.95) is None
+
+
+def test_relaxations_that_did_not_converge_and_refused_targets_are_told() -> None:
+    rows = [
+        replace(result(0, FULL), relaxations_unconverged=3),
+        result(1, FULL),
+        replace(result(2, FULL), relaxations_refused=("relaxation 4: ambiguous", "relaxation 5: ambiguous")),
+    ]
+    first, last = relaxation_notes(rows)
+    assert first.startswith("the foundation: 3 of its relaxations did not converge")
+    assert last == "round 2: 2 without a target: relaxation 4: ambiguous"

@@ -124,6 +124,29 @@ def test_history_has_every_part_of_the_loss_and_the_relaxation_only_where_it_too
         assert row["loss"] == pytest.approx(parts, rel=1e-12)
 
 
+def test_delta_q_is_reported_for_the_relaxations_that_did_not_diverge(tmp_path: Path) -> None:
+    good, end = labelled(2)
+    overlapping = good.copy()
+    overlapping.positions[1] = overlapping.positions[0] + [0.01, 0.0, 0.0]
+    pairs = {
+        "both": [(good, end), (overlapping, overlapping)],
+        "good": [(good, end)],
+        "bad": [(overlapping, overlapping)],
+    }
+    rows = {}
+    for name, chosen in pairs.items():
+        bptt = BpttSettings(
+            0.1, batch_size=len(chosen), steps=3, unrolling=Unrolling(Descent(step_size=0.001))
+        )
+        settings = TrainingSettings(1, batch_size=1, steps_per_epoch=1, relaxation=bptt)
+        data = TrainingData(data_of([good]), relaxations=[RelaxationPair(*pair) for pair in chosen])
+        (tmp_path / name).mkdir()
+        (rows[name],) = Trainer(morse(depth=6.0), data, settings).run(tmp_path / name)
+    assert [rows[name]["relaxation/dropped"] for name in pairs] == [0.5, 0.0, 1.0]
+    assert rows["both"]["relaxation/delta_q"] == pytest.approx(rows["good"]["relaxation/delta_q"], rel=1e-12)
+    assert "relaxation/delta_q" not in rows["bad"]
+
+
 def test_the_gradient_is_clipped_to_the_norm_that_was_asked_for(tmp_path: Path) -> None:
     norms = []
     for clip in (None, 1e-3):
