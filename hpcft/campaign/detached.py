@@ -16,7 +16,7 @@ from hpcft.campaign.lease import lease
 from hpcft.campaign.manager import Manager, Turn
 from hpcft.cluster import slurm
 from hpcft.cluster.executors import JobSpec, submit
-from hpcft.config.campaign import Resources
+from hpcft.config.common import Resources
 from hpcft.config.site import Site
 from hpcft.errors import CampaignStopped, LeaseHeld, SchedulerUnavailable, SubmissionRefused, UserError
 from hpcft.storage.atomic import create_json_once, write_json

@@ -70,7 +70,7 @@ def run_task(root: str, round_: int, stage: str, index: int, attempt: int, rank:
             with _only_execution(where, index, attempt, rank.is_first) as execution:
                 if task.result.exists():
                     return "done already"
-                return _run(folder, round_, stage, index, attempt, rank, execution)
+                return _run(folder, round_, stage, index, attempt, rank, execution, signals)
         except BaseException as error:
             # What an execution that is not the newest has to say would be taken for the word of the newest.
             is_ours = type(error).__name__ != "Superseded"
@@ -87,6 +87,7 @@ def _run(
     attempt: int,
     rank: Rank,
     execution: Execution,
+    signals: _Signals,
 ) -> str:
     # Imported here: the lock is taken before the seconds that torch needs to load.
     from hpcft.campaign.settings import campaign_of
@@ -99,7 +100,10 @@ def _run(
     if rank.is_first:
         remove_leftovers(where.path)
     start = time.monotonic()
-    task = TaskContext(context, index, context.plan()[index], attempt, rank, execution.is_newest)
+    payload = context.plan()[index]
+    task = TaskContext(
+        context, index, payload, attempt, rank, execution.is_newest, lambda: signals.time_is_up
+    )
     outcome = stage_named(stage).run(task)
     if rank.is_first:
         about = {

@@ -18,7 +18,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, JobPaths
 
-from hpcft.config.campaign import Resources
+from hpcft.config.common import Resources
 from hpcft.config.site import Site
 from hpcft.errors import SchedulerUnavailable, SubmissionRefused
 

@@ -13,21 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, JsonValue, Strict
+from pydantic import Field, JsonValue
 
+from hpcft.config.common import DottedPath, Elements, Resources
+from hpcft.config.training import Train
 from hpcft.config.validate import (
     Count,
     Fraction,
     InputFile,
     Name,
     Positive,
-    Scheduled,
-    ScheduledCount,
     Section,
     Seed,
     Unit,
-    always_zero,
-    matching,
     shown,
     validate,
 )
@@ -42,48 +40,7 @@ PATIENCE_KEYS = frozenset(
 StageName = Literal["explore", "select", "label", "train", "probe", "reference", "evaluate"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 
-# Not from ASE, whose import takes longer than `hpcft status` may.
-_SYMBOLS = frozenset(
-    "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr "  # noqa: SIM905 (118 lines as a list)
-    "Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba "
-    "La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra "
-    "Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og".split()
-)
 _ROUNDING = 1e-9  # 100 * (1 - 0.9) is 9.999999999999998 and means 10
-
-
-def _elements(symbols: tuple[str, ...]) -> tuple[str, ...]:
-    if not symbols:
-        raise ValueError("the list is empty; write at least one chemical symbol")
-    for symbol in symbols:
-        if symbol not in _SYMBOLS:
-            guess = symbol.strip().capitalize()
-            remedy = f"write {guess}" if guess in _SYMBOLS else "write symbols such as Cu"
-            raise ValueError(f"{shown(symbol)} is no chemical symbol; {remedy}")
-        if symbols.count(symbol) > 1:
-            raise ValueError(f"{symbol} is listed twice; once is enough")
-    return symbols
-
-
-Elements = Annotated[tuple[str, ...], Strict(False), AfterValidator(_elements)]
-DottedPath = Annotated[
-    str,
-    matching(
-        r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+",
-        "name a class with its module, such as ase.calculators.emt.EMT",
-    ),
-]
-
-
-class Resources(Section):
-    """What one task of a stage asks of the machine."""
-
-    time_min: Annotated[Count, Unit("min")] = 60
-    """Time limit of one attempt in minutes."""
-    cpus_per_rank: Count = 1
-    """CPU cores for each rank."""
-    memory_GB: Annotated[Positive, Unit("GB")] | None = None
-    """Memory of the task on each node in GB; left out: what the site gives by default."""
 
 
 class Reference(Section):
@@ -186,118 +143,6 @@ class Relaxations(Section):
         if self.train is not None and self.train == self.test:
             problem = "is the file of relaxations.train, and structures that were trained on prove nothing"
             yield ("test",), f"{problem}; name another file"
-
-
-class Weights(Section):
-    """Weights of the terms of the loss, each a number or a schedule [[epoch, weight], ...]."""
-
-    energy: Scheduled = 1.0
-    """Weight of the energy per atom; a number, or [[epoch, weight], ...]."""
-    forces: Scheduled = 1.0
-    """Weight of the forces; a number, or [[epoch, weight], ...]."""
-    stress: Scheduled = 0.0
-    """Weight of the stress; a number, or [[epoch, weight], ...]."""
-
-
-class Replay(Section):
-    """Structures of the foundation model's training that are mixed in, so that it does not forget."""
-
-    file: InputFile
-    """Labelled structures (extxyz with REF_energy, REF_forces)."""
-    batch_size: Count = 2
-    """Replay structures that join each global batch."""
-    weight: Scheduled = 1.0
-    """Weight of the replay loss beside that of the labels; a number, or [[epoch, weight], ...]."""
-
-
-class RelaxationTraining(Section):
-    """Training through the iterated map of a relaxation (BPTT), towards those of relaxations.train."""
-
-    weight: Scheduled
-    """Weight of the loss on the relaxed structures, per amu^1/2 Å; a number, or [[epoch, weight], ...]."""
-    every: Count = 1
-    """Optimiser steps between two steps that include this loss."""
-    batch_size: Count = 1
-    """Relaxations in each such step."""
-    steps: ScheduledCount = 40
-    """Relaxation steps at most; a number, or [[epoch, steps], ...], such as steps that grow."""
-    map: Literal["descent", "fire"] = "descent"
-    """What is iterated: descent (with momentum: heavy ball), or FIRE."""
-    step_size: Annotated[Positive, Unit("Å²/eV")] = 0.05
-    """Displacement per force of a descent in Å²/eV."""
-    momentum: Fraction = 0.8
-    """Heavy-ball momentum of a descent; 0 is plain gradient descent."""
-    max_step: Annotated[Positive, Unit("Å")] = 0.2
-    """Longest way of an atom in one step in Å."""
-    learn_step_size: Literal["no", "global", "per-element"] = "no"
-    """Whether the step size of a descent is learned too, as one number or one for each element."""
-    fmax: Annotated[Positive, Unit("eV/Å")] | None = None
-    """Largest force at which a structure is at rest and stops, in eV/Å; left out: relaxations.fmax, or 0.001 if implicit."""
-    engine: Literal["adjoint", "checkpoint", "plain", "finite-difference", "implicit"] = "adjoint"
-    """How the gradient is computed: see docs/relaxation.md; implicit takes the gradient at the converged minimum."""
-    last: Count | None = None
-    """Truncated BPTT: only the last so many steps are differentiated; left out: all."""
-
-    def _problems(self) -> Iterator[tuple[KeyPath, str]]:
-        if self.learn_step_size != "no" and self.map != "descent":
-            yield (
-                ("learn_step_size",),
-                f"the map {self.map} has no step size to learn; use map: descent, or no",
-            )
-        if self.engine == "implicit" and (self.last is not None or self.learn_step_size != "no"):
-            key = "last" if self.last is not None else "learn_step_size"
-            yield (
-                (key,),
-                "engine: implicit does not unroll any steps; leave this key out, or use engine: adjoint",
-            )
-
-
-class Optimisation(Section):
-    """Minimisation of a loss over labelled structures."""
-
-    ranks: Count = 1
-    """Processes that share each batch (DDP)."""
-    epochs: Count
-    """Passes of training; in a campaign, in each round."""
-    batch_size: Count = 4
-    """Labelled structures in the global batch, over all ranks."""
-    learning_rate: Positive = 1e-3
-    """Learning rate at the start."""
-    weights: Weights = Weights()
-    """Weights of the terms of the loss."""
-
-    def _problems(self) -> Iterator[tuple[KeyPath, str]]:
-        if self.batch_size < self.ranks:
-            problem = (
-                f"a batch of {self.batch_size} leaves some of the {self.ranks} ranks without a structure"
-            )
-            yield ("batch_size",), f"{problem}; raise batch_size, or lower ranks"
-        weights = (self.weights.energy, self.weights.forces, self.weights.stress)
-        relaxation = getattr(self, "relaxation", None)
-        if all(map(always_zero, weights)) and (relaxation is None or always_zero(relaxation.weight)):
-            yield (
-                ("weights",),
-                "energy, forces and stress are all 0, so nothing would be learned; raise one of them",
-            )
-
-
-class Train(Optimisation):
-    """Fine-tuning of the model on all labels so far."""
-
-    steps_per_epoch: Count | None = None
-    """Optimiser steps in an epoch; left out: one pass over the labels."""
-    precision: Literal["float32", "float64"] = "float32"
-    """Floating-point type of the training and of the model file; MD and relaxations run in float32."""
-    replay: Replay | None = None
-    """Structures mixed in against forgetting; left out: none."""
-    relaxation: RelaxationTraining | None = None
-    """Training through relaxations; left out: none."""
-    checkpoint_every_epochs: Count = 1
-    """Epochs between two checkpoints."""
-    gradient_clip: Positive | None = 10.0
-    """Norm to which the gradient is clipped; null: not clipped."""
-    resources: Resources = Resources()
-    """What the task asks of the machine."""
 
 
 class Probe(Section):

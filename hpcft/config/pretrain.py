@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from hpcft.config.campaign import Elements, Optimisation, Reference
+from hpcft.config.campaign import Reference
+from hpcft.config.common import Elements
+from hpcft.config.training import Optimisation
 from hpcft.config.validate import (
     Count,
     Fraction,

@@ -43,6 +43,10 @@ class Graph:
         return torch.bincount(self.structure_n, minlength=self.num_structures)
 
     @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in vars(self).values())
+
+    @property
     def shift_vectors_e3(self) -> Tensor:
         """Cell translation of each edge in Å."""
         cell_e33 = self.cell_b33[self.structure_n[self.senders_e]]

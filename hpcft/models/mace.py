@@ -106,6 +106,13 @@ class MacePotential(torch.nn.Module):
         output: dict[str, Tensor] = self.model(data, training=True, compute_force=False)
         return output
 
+    def shift_energies(self, shifts: Mapping[int, float]) -> None:
+        # [heads, elements], or [elements] without heads
+        energies = cast(Any, self.model).atomic_energies_fn.atomic_energies
+        row = energies[self.head] if energies.dim() == 2 else energies
+        for number, shift in shifts.items():
+            row[self._elements.index(number)] += shift
+
     def configuration(self) -> Mapping[str, Any]:
         raw = extract_config_mace_model(self.model)
         config: dict[str, Any] = {}

@@ -91,5 +91,10 @@ class MorsePotential(torch.nn.Module):
             onehot = torch.nn.functional.one_hot(self._element_index[graph.numbers_n], len(self.elements))
             return torch.cat([onehot.to(r.dtype), shells], dim=1)
 
+    def shift_energies(self, shifts: Mapping[int, float]) -> None:
+        with torch.no_grad():
+            for number, shift in shifts.items():
+                self.atomic_energy[self.elements.index(number)] += shift
+
     def configuration(self) -> Mapping[str, Any]:
         return dict(self._configuration)

@@ -36,6 +36,9 @@ class Potential(Protocol):
     def descriptors(self, graph: Graph) -> Tensor:
         """Rotation-invariant features of each atom, [n, d], without gradient."""
 
+    def shift_energies(self, shifts: Mapping[int, float]) -> None:
+        """Add so many eV to the energy of each atom of an element, by atomic number, for good."""
+
     def configuration(self) -> Mapping[str, Any]:
         """JSON-able settings from which `hpcft.models.files` builds the model again."""
 

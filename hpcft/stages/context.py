@@ -76,6 +76,8 @@ class TaskContext:
     rank: Rank
     is_owned: Callable[[], bool] = lambda: True
     """Whether this is still the newest execution of the task."""
+    is_ending: Callable[[], bool] = lambda: False
+    """Whether the scheduler has announced the end of this execution."""
 
     def ensure_owned(self) -> None:
         """Asked before each publication: Superseded if another execution, or a later time, owns the task's files."""

@@ -154,10 +154,11 @@ def collect(context: StageContext) -> dict[str, Any]:
     """The metrics; stops before round 1 when foundation and reference do not share a zero of energy."""
     result = context.results()[0]
     bias = result["metrics"].get("energy_bias_meV_per_atom")
-    if context.round == 0 and bias is not None and abs(bias["value"]) > MAX_BIAS_MEV:
+    kept = context.campaign.train.energy_zero == "keep"
+    if context.round == 0 and kept and bias is not None and abs(bias["value"]) > MAX_BIAS_MEV:
         raise CampaignStopped(
             f"the foundation's energies are {bias['value'] / 1e3:.1f} eV/atom away from the reference's. That is no bias but "
             "another zero of energy (other pseudopotentials or isolated-atom energies), and training would be spent on it. "
-            "Use a reference with the foundation's zero: hpcft does not align them yet."
+            "Set train.energy_zero to fit, or to the reference's energies of isolated atoms, in a new campaign."
         )
     return result

@@ -10,7 +10,13 @@ from ase import Atoms
 
 from hpcft.config.campaign import Campaign
 from hpcft.stages.context import StageContext, TaskContext
-from hpcft.stages.sharing import learned_step_size, relaxation_map, share_out
+from hpcft.stages.sharing import (
+    energy_shifts,
+    learned_step_size,
+    relaxation_map,
+    replay_structures,
+    share_out,
+)
 from hpcft.storage.structures import count_structures, read_structures, write_structures
 from hpcft.storage.trajectory import Trajectory
 
@@ -78,12 +84,11 @@ def _on_replay(task: TaskContext, potential: Any) -> dict[str, float] | None:
     """What the model has kept of what the foundation knew: its errors on the replay structures."""
     from hpcft.training.measure import measure
 
-    file = task.context.folder.inputs / "replay.h5"
-    if not file.exists():
+    context = task.context
+    if not (context.folder.inputs / "replay.h5").exists():
         return None
-    count = count_structures(file)
-    chosen = np.unique(np.linspace(0, count - 1, min(count, _MOST_REPLAYED)).round().astype(int))
-    return measure(potential, read_structures(file, [int(i) for i in chosen]))
+    shifts = energy_shifts(context, context.round)
+    return measure(potential, replay_structures(context, shifts, _MOST_REPLAYED))
 
 
 def _stretch(context: StageContext) -> Any:

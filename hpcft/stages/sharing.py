@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ase import Atoms
+from ase.data import atomic_numbers
 
-from hpcft.config.campaign import RelaxationTraining
+from hpcft.config.training import RelaxationTraining
 from hpcft.stages.context import StageContext
 from hpcft.storage.atomic import read_json
 from hpcft.storage.structures import count_structures, read_structures
@@ -40,6 +41,29 @@ def learned_step_size(context: StageContext, round_: int) -> StepSize | None:
     product = context.folder.stage(round_, "train").product
     values = read_json(product).get("step_size") if product.exists() else None
     return None if values is None else StepSize.from_values(values)
+
+
+def energy_shifts(context: StageContext, round_: int) -> dict[int, float]:
+    """What round 1 has added to the foundation's energy of each atom, by atomic number (eV); nothing in round 0."""
+    if round_ == 0:
+        return {}
+    product = context.folder.stage(1, "train").product
+    shifts = read_json(product).get("energy_shifts", {}) if product.exists() else {}
+    return {atomic_numbers[symbol]: float(shift) for symbol, shift in shifts.items()}
+
+
+def replay_structures(
+    context: StageContext, shifts: Mapping[int, float], most: int | None = None
+) -> list[Atoms]:
+    """The foundation's own structures, or `most` of them evenly spread, with energies of the model's present zero."""
+    from hpcft.training.energy_zero import shifted
+
+    file = context.folder.inputs / "replay.h5"
+    if most is None:
+        return shifted(read_structures(file), shifts)
+    count = count_structures(file)
+    chosen = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+    return shifted(read_structures(file, [int(i) for i in chosen]), shifts)
 
 
 def every(count: int, first: int, step: int) -> dict[str, int]:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ase import Atoms
+from ase.data import chemical_symbols
 
 from hpcft.config.campaign import Campaign
 from hpcft.errors import CampaignStopped, UserError
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.labels import relaxation_results_by_index, training_labels
-from hpcft.stages.sharing import learned_step_size, relaxation_map
+from hpcft.stages.sharing import energy_shifts, learned_step_size, relaxation_map, replay_structures
 from hpcft.storage.atomic import write_text
-from hpcft.storage.structures import read_structures
 
 if TYPE_CHECKING:
+    from hpcft.models.protocol import Potential
     from hpcft.relaxation import RelaxationPair
-    from hpcft.training.trainer import BpttSettings, Trainer, TrainingData, TrainingSettings
+    from hpcft.training.settings import BpttSettings, TrainingData, TrainingSettings
+    from hpcft.training.trainer import Trainer
 
 
 def ranks(campaign: Campaign) -> int:
@@ -39,32 +46,51 @@ def run(task: TaskContext) -> dict[str, Any]:
     dtype = getattr(torch, context.campaign.train.precision)
     start = context.model(context.round - 1)
     potential = load_model(start, dtype=dtype, device=device)
-    data, refused = _data(context, potential.cutoff, dtype)
+    labels = _labels(context)
+    shifts = _align(context, potential, labels)
+    data, refused = _data(context, potential, labels, shifts)
     with process_group(task.rank, task.path, device):
         trainer = Trainer(potential, data, _settings(context, potential.elements), task.rank)
         log = _log_to(task, trainer)
-        history = trainer.run(task.path, log, log)
+        history = trainer.run(task.path, log, log, once(task.is_ending))
     final = task.path / "model.pt"
     if task.rank.is_first:
         provenance = {
             "campaign": context.campaign.name,
             "round": context.round,
             "start_sha256": sha256_of(start),
-            "labels": len(data.labels),
+            "labels": len(labels),
             "relaxations": len(data.relaxations),
         }
         task.ensure_owned()
         save_model(final, potential, provenance)
     return {
-        "labels": len(data.labels),
+        "labels": len(labels),
+        "validation": 0 if data.validation is None else len(data.validation),
         "relaxations": len(data.relaxations),
         "relaxations_refused": refused,
+        "energy_shifts": {chemical_symbols[number]: shift for number, shift in shifts.items()},
         "epochs": len(history),
+        "best_epoch": trainer.best.get("epoch"),
         "first": history[0],
         "last": history[-1],
         "step_size": None if trainer.step_size is None else trainer.step_size.values(),
         "model_sha256": sha256_of(final) if task.rank.is_first else None,
     }
+
+
+def once(happened: Callable[[], bool]) -> Callable[[], bool]:
+    """True the first time that it has happened, and never again."""
+    told = False
+
+    def news() -> bool:
+        nonlocal told
+        if told or not happened():
+            return False
+        told = True
+        return True
+
+    return news
 
 
 def _log_to(task: TaskContext, trainer: Trainer) -> Callable[[dict[str, Any]], None]:
@@ -78,21 +104,69 @@ def _log_to(task: TaskContext, trainer: Trainer) -> Callable[[dict[str, Any]], N
     return write
 
 
-def _data(context: StageContext, cutoff: float, dtype: Any) -> tuple[TrainingData, list[str]]:
-    from hpcft.training.data import LabelledSet
-    from hpcft.training.trainer import TrainingData
-
+def _labels(context: StageContext) -> list[Atoms]:
     structures = training_labels(context)
     if not structures:
         raise CampaignStopped(
             f"round {context.round} has no labels to train on: no frame of explore stayed within the guards, or every "
             "label failed. See `hpcft status`; a lower explore.temperature_K or timestep helps."
         )
-    replay = None
-    if context.campaign.train.replay is not None:
-        replay = LabelledSet(read_structures(context.folder.inputs / "replay.h5"), cutoff, dtype, "replay")
+    return structures
+
+
+def _align(context: StageContext, potential: Potential, labels: Sequence[Atoms]) -> dict[int, float]:
+    """In round 1 the model gets the reference's zero of energy; returns by how much each element's energy has moved."""
+    from hpcft.training.energy_zero import fitted_shifts, shifts_to
+
+    wanted = context.campaign.train.energy_zero
+    if wanted == "keep" or context.round > 1:
+        return energy_shifts(context, context.round - 1)
+    shifts = fitted_shifts(potential, labels) if wanted == "fit" else shifts_to(potential, dict(wanted))
+    potential.shift_energies(shifts)
+    return shifts
+
+
+def _data(
+    context: StageContext, potential: Potential, labels: Sequence[Atoms], shifts: Mapping[int, float]
+) -> tuple[TrainingData, list[str]]:
+    from hpcft.models.protocol import dtype_of
+    from hpcft.training.data import LabelledSet
+    from hpcft.training.settings import TrainingData
+
+    def labelled(structures: Sequence[Atoms], origin: str) -> LabelledSet:
+        return LabelledSet(structures, potential.cutoff, dtype_of(potential), origin)
+
+    train, replay, validation = context.campaign.train, None, None
+    if train.replay is not None:
+        replay = labelled(replay_structures(context, shifts), "replay")
+    if train.validation is not None:
+        labels, aside = set_aside(labels, train.validation.fraction)
+        validation = labelled(aside, "the labels that were set aside")
     pairs, refused = _relaxations(context)
-    return TrainingData(LabelledSet(structures, cutoff, dtype, "the labels"), replay, pairs), refused
+    return TrainingData(labelled(labels, "the labels"), replay, pairs, validation), refused
+
+
+def set_aside(structures: Sequence[Atoms], fraction: float) -> tuple[list[Atoms], list[Atoms]]:
+    """Structures to train on and to validate with, about `fraction` of all; the same structure always falls the same way.
+
+    UserError unless there are two; one of each kind at least.
+    """
+    if len(structures) < 2:
+        raise UserError("one label cannot be both trained on and validated with; leave train.validation out")
+    places = [_place(atoms) for atoms in structures]
+    bounds = sorted(places)
+    bound = min(max(fraction, math.nextafter(bounds[0], 1)), bounds[-1])
+    kept = [atoms for atoms, place in zip(structures, places, strict=True) if place >= bound]
+    aside = [atoms for atoms, place in zip(structures, places, strict=True) if place < bound]
+    return kept, aside
+
+
+def _place(atoms: Atoms) -> float:
+    """In [0, 1), by a hash of the structure."""
+    content = b"".join(
+        np.ascontiguousarray(a).tobytes() for a in (atoms.numbers, atoms.positions, atoms.cell.array)
+    )
+    return int.from_bytes(hashlib.sha256(content).digest()[:6], "big") / 2**48
 
 
 def _relaxations(context: StageContext) -> tuple[list[RelaxationPair], list[str]]:
@@ -121,9 +195,9 @@ def _relaxations(context: StageContext) -> tuple[list[RelaxationPair], list[str]
 
 
 def _settings(context: StageContext, elements: Sequence[int]) -> TrainingSettings:
-    from hpcft.training.loss import Weights
+    from hpcft.training.loss import Huber, Weights
     from hpcft.training.schedule import scheduled
-    from hpcft.training.trainer import ReplaySettings, TrainingSettings
+    from hpcft.training.settings import Lora, ReplaySettings, TrainingSettings
 
     train = context.campaign.train
     replay = train.replay
@@ -137,8 +211,17 @@ def _settings(context: StageContext, elements: Sequence[int]) -> TrainingSetting
         ),
         replay=None if replay is None else ReplaySettings(replay.batch_size, scheduled(replay.weight)),
         relaxation=_bptt(context, elements),
+        huber=None
+        if train.huber is None
+        else Huber(train.huber.energy, train.huber.forces, train.huber.stress),
+        rates=train.rates,
+        lora=None if train.lora is None else Lora(train.lora.rank, train.lora.alpha),
+        ema=train.ema,
+        patience=None if train.validation is None else train.validation.patience,
+        max_edges=train.max_edges,
         gradient_clip=train.gradient_clip,
         checkpoint_every_epochs=train.checkpoint_every_epochs,
+        checkpoint_every_s=60 * train.checkpoint_every_min,
         seed=context.entropy("train", context.round),
     )
 
@@ -147,7 +230,7 @@ def _bptt(context: StageContext, elements: Sequence[int]) -> BpttSettings | None
     from hpcft.relaxation import StepSize, Stop
     from hpcft.training.loss import Unrolling
     from hpcft.training.schedule import scheduled
-    from hpcft.training.trainer import BpttSettings
+    from hpcft.training.settings import BpttSettings
 
     campaign = context.campaign
     settings = campaign.train.relaxation

@@ -11,7 +11,7 @@ Results of a calculator are not stored: a label is what stands under REF_*.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ase.constraints import FixAtoms
 from hpcft.errors import UserError
 from hpcft.storage.extxyz import write_extxyz
 from hpcft.storage.hdf5 import open_file, write_file
+from hpcft.storage.lazy_hdf5 import LazyFile
 from hpcft.storage.packing import FIXED, concatenate, pack_arrays, pack_info
 from hpcft.storage.tree import (
     Array,
@@ -35,6 +36,7 @@ from hpcft.storage.tree import (
 )
 
 __all__ = [
+    "StructureFile",
     "count_structures",
     "read_any",
     "read_provenance",
@@ -114,6 +116,43 @@ def _read_span(
             )
         )
     return structures
+
+
+class StructureFile:
+    """A file of `write_structures` of any size, read in pieces: it holds the sizes of the structures, not the structures.
+
+    The whole file is compared with its seal here (DamagedFile), once. It may be used after fork and may be pickled; see
+    LazyFile.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with open_file(path, "structures", verify=True) as file:
+            self._offsets = file["offsets"][()]
+            self._missing = {decode_name(name): node[()] for name, node in file["missing"].items()}
+            self.info_keys = frozenset(map(decode_name, file["info"]))
+            self.array_keys = frozenset(map(decode_name, file["arrays"]))
+        self._file = LazyFile(path)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @property
+    def num_atoms_each(self) -> Array:
+        """[S]"""
+        return np.diff(self._offsets)
+
+    def read(self, start: int, stop: int, keys: Collection[str] | None = None) -> list[Atoms]:
+        """Structures `start` to `stop` (not included), with those of `info` and `arrays` that `keys` names, or with all."""
+        assert 0 <= start < stop <= len(self)
+        datasets = {name: self._file[name] for name in ("cell", "pbc", "numbers", "positions")}
+        for group, known in {"info": self.info_keys, "arrays": self.array_keys}.items():
+            names = [encode_name(key) for key in known if keys is None or key in keys]
+            datasets[group] = {name: self._file[f"{group}/{name}"] for name in names}
+        missing = {
+            key: set(indices[slice(*np.searchsorted(indices, (start, stop)))].tolist())
+            for key, indices in self._missing.items()
+        }
+        return _read_span(datasets, self._offsets, missing, range(start, stop))
 
 
 def count_structures(path: Path) -> int:

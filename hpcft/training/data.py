@@ -5,6 +5,9 @@ Shape suffixes: n atoms of the whole batch, b structures.
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,13 +25,15 @@ from hpcft.models.graph import Graph, build_graph, concatenate
 class Labels:
     """Reference values of a batch: energies [b] eV, forces [n, 3] eV/Å, stress [b, 3, 3] eV/Å^3.
 
-    `stress_known_b` is 1 where the reference gave a stress, else 0 (and the stress is zero).
+    `stress_known_b` is 1 where the reference gave a stress, else 0 (and the stress is zero). `weights_b3`: what the energy,
+    the forces and the stress of each structure count, 1 unless it says otherwise.
     """
 
     energies_b: Tensor
     forces_n3: Tensor
     stress_b33: Tensor
     stress_known_b: Tensor
+    weights_b3: Tensor
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,32 @@ class Batch:
 
 
 class LabelledSet:
-    """Structures with REF_energy, REF_forces and (where present) REF_stress; graphs are built once and kept."""
+    """Structures with REF_energy, REF_forces and (where present) REF_stress.
+
+    `structures` may be read lazily; with `num_atoms` of each known they are not looked at before they are drawn. Graphs are
+    built once and kept as long as all of them take at most `cache_MiB`.
+    """
 
     def __init__(
-        self, structures: Sequence[Atoms], cutoff: float, dtype: torch.dtype, origin: str = "data"
+        self,
+        structures: Sequence[Atoms],
+        cutoff: float,
+        dtype: torch.dtype,
+        origin: str = "data",
+        *,
+        num_atoms: Sequence[int] | None = None,
+        cache_MiB: float = 4096.0,
     ) -> None:
-        self._structures = list(structures)
+        self._structures = structures
         self._cutoff, self._dtype = cutoff, dtype
-        self._graphs: dict[int, Graph] = {}
-        for index, atoms in enumerate(self._structures):
+        self._graphs: OrderedDict[int, Graph] = OrderedDict()
+        self._cached, self._most_cached = 0, int(cache_MiB * 2**20)
+        self._lock = threading.Lock()  # the next batch may be made while another thread measures
+        if num_atoms is not None:
+            self._num_atoms = list(num_atoms)
+            return
+        self._num_atoms = [len(atoms) for atoms in structures]
+        for index, atoms in enumerate(structures):
             if "REF_energy" not in atoms.info or "REF_forces" not in atoms.arrays:
                 raise UserError(
                     f"structure {index} of {origin} has no REF_energy or no REF_forces, so there is nothing to train "
@@ -57,14 +79,17 @@ class LabelledSet:
         return len(self._structures)
 
     @property
-    def structures(self) -> list[Atoms]:
+    def structures(self) -> Sequence[Atoms]:
         return self._structures
 
     def num_atoms_each(self, indices: Sequence[int]) -> list[int]:
-        return [len(self._structures[i]) for i in indices]
+        return [self._num_atoms[i] for i in indices]
 
     def num_atoms(self, indices: Sequence[int]) -> int:
-        return sum(len(self._structures[i]) for i in indices)
+        return sum(self.num_atoms_each(indices))
+
+    def num_edges_each(self, indices: Sequence[int]) -> list[int]:
+        return [len(self._graph(i).senders_e) for i in indices]
 
     def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
         graphs = [self._graph(i) for i in indices]
@@ -84,13 +109,30 @@ class LabelledSet:
             forces_n3=tensor(np.concatenate([a.arrays["REF_forces"] for a in chosen])),
             stress_b33=tensor(stress),
             stress_known_b=tensor(known),
+            weights_b3=tensor([configuration_weights(atoms) for atoms in chosen]),
         )
         return Batch(concatenate(graphs).to(device), labels)
 
     def _graph(self, index: int) -> Graph:
-        if index not in self._graphs:
-            self._graphs[index] = build_graph([self._structures[index]], self._cutoff, dtype=self._dtype)
-        return self._graphs[index]
+        with self._lock:
+            if (graph := self._graphs.get(index)) is not None:
+                self._graphs.move_to_end(index)
+                return graph
+        graph = build_graph([self._structures[index]], self._cutoff, dtype=self._dtype)
+        with self._lock:
+            self._graphs[index] = graph
+            self._cached += graph.num_bytes
+            while self._cached > self._most_cached and len(self._graphs) > 1:
+                self._cached -= self._graphs.popitem(last=False)[1].num_bytes
+        return graph
+
+
+def configuration_weights(atoms: Atoms) -> list[float]:
+    """What energy, forces and stress of a structure count: `config_weight` times that of the property, as in mace's data."""
+    whole = float(atoms.info.get("config_weight", 1.0))
+    return [
+        whole * float(atoms.info.get(f"config_{name}_weight", 1.0)) for name in ("energy", "forces", "stress")
+    ]
 
 
 def _full_stress(stress: np.ndarray) -> np.ndarray:
@@ -109,9 +151,13 @@ def draw(num_items: int, batch_size: int, step: int, seed: Sequence[int]) -> lis
     indices = []
     for position in range(first, first + batch_size):
         number, offset = divmod(position, num_items)
-        order = np.random.default_rng([*seed, number]).permutation(num_items)
-        indices.append(int(order[offset]))
+        indices.append(int(_order(num_items, (*seed, number))[offset]))
     return indices
+
+
+@functools.lru_cache(maxsize=16)  # of each stream the pass that is being drawn from, and the next
+def _order(num_items: int, seed: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(num_items)
 
 
 def share(costs: Sequence[float], rank: int, world_size: int) -> list[int]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hpcft.models.graph import build_graph
-from hpcft.models.protocol import Potential, as_module, device_of, dtype_of, evaluate
+from hpcft.models.graph import Graph, build_graph
+from hpcft.models.protocol import Evaluation, Potential, as_module, device_of, dtype_of, evaluate
 from hpcft.relaxation import (
     Descent,
     ImplicitReport,
@@ -32,7 +32,7 @@ from hpcft.relaxation import (
     unroll,
     with_cells,
 )
-from hpcft.training.data import Batch
+from hpcft.training.data import Batch, Labels
 from hpcft.training.schedule import Scheduled, value_at
 
 
@@ -47,6 +47,19 @@ class Weights:
     def at(self, epoch: float) -> Weights:
         """As plain numbers, at this time."""
         return Weights(*(value_at(w, epoch) for w in (self.energy, self.forces, self.stress)))
+
+
+@dataclass(frozen=True)
+class Huber:
+    """Where each error stops to count squared and goes on linearly: energy eV/atom, forces eV/Å, stress eV/Å^3.
+
+    x^2 up to delta, then delta (2 |x| - delta): twice Huber's loss (Ann. Math. Statist. 35, 73, 1964), so that small errors
+    count as without it.
+    """
+
+    energy: float = 0.01
+    forces: float = 0.1
+    stress: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,7 @@ class Objective(torch.nn.Module):
         weights: Weights,
         world_size: int = 1,
         step_size: StepSize | None = None,
+        huber: Huber | None = None,
     ) -> None:
         super().__init__()
         self.potential = as_module(potential)
@@ -118,6 +132,7 @@ class Objective(torch.nn.Module):
         self.step_size = step_size  # as a part of this module, so that DDP knows its parameters
         self.weights = weights
         self.world_size = world_size
+        self.huber = huber
         self._implicit: tuple[ImplicitReport, float] | None = None
 
     def count_left_out(self, parts: dict[str, Tensor]) -> None:
@@ -153,17 +168,12 @@ class Objective(torch.nn.Module):
         result = evaluate(
             self._potential, graph, stress=value_at(self.weights.stress, 0) > 0, create_graph=True
         )
-        energy = (((result.energies_b - labels.energies_b) / graph.num_atoms_b) ** 2).sum()
-        forces = ((result.forces_n3 - labels.forces_n3) ** 2).sum()
-        stress = torch.zeros_like(energy)
-        if result.stress_b33 is not None:
-            difference = (result.stress_b33 - labels.stress_b33) * labels.stress_known_b[:, None, None]
-            stress = (difference**2).sum()
+        sums = summed_errors(result, graph, labels, self.huber)
         scale, counts = float(self.world_size), term.counts
         return {
-            "energy": energy * scale / counts.structures,
-            "forces": forces * scale / (3 * counts.atoms),
-            "stress": stress * scale / (9 * counts.structures),
+            "energy": sums["energy"] * scale / counts.structures,
+            "forces": sums["forces"] * scale / (3 * counts.atoms),
+            "stress": sums["stress"] * scale / (9 * counts.structures),
         }
 
     def _relaxation(self, term: RelaxationTerm) -> tuple[Tensor, dict[str, Tensor]]:
@@ -223,3 +233,31 @@ class Objective(torch.nn.Module):
             end.positions_n3, target_n3, target, final_cell_b33=end.cell_b33, anchored_b=anchored_b
         )
         return end, distance_b + cell_distance(end.cell_b33, target)
+
+
+def summed_errors(
+    result: Evaluation, graph: Graph, labels: Labels, huber: Huber | None = None
+) -> dict[str, Tensor]:
+    """Sums over a batch of squared (or Huber's) errors, each weighted as its structure is; stress only where it is known."""
+    energy_weight_b, forces_weight_b, stress_weight_b = labels.weights_b3.unbind(1)
+    energy_b = (result.energies_b - labels.energies_b) / graph.num_atoms_b
+    forces_n3 = result.forces_n3 - labels.forces_n3
+    sums = {
+        "energy": (energy_weight_b * _counted(energy_b, huber.energy if huber else None)).sum(),
+        "forces": (
+            forces_weight_b[graph.structure_n, None] * _counted(forces_n3, huber.forces if huber else None)
+        ).sum(),
+        "stress": torch.zeros_like(result.energies_b.sum()),
+    }
+    if result.stress_b33 is not None:
+        known_b11 = (stress_weight_b * labels.stress_known_b)[:, None, None]
+        stress_b33 = result.stress_b33 - labels.stress_b33
+        sums["stress"] = (known_b11 * _counted(stress_b33, huber.stress if huber else None)).sum()
+    return sums
+
+
+def _counted(errors: Tensor, delta: float | None) -> Tensor:
+    if delta is None:
+        return errors**2
+    zero = torch.zeros_like(errors)
+    return 2 * torch.nn.functional.huber_loss(errors, zero, reduction="none", delta=delta)

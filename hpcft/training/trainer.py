@@ -1,11 +1,14 @@
-"""Fine-tuning on any number of ranks, resumable at every epoch."""
+"""The training loop: one optimiser step per global batch, resumable after every step that a checkpoint holds."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import resource
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,63 +17,38 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from hpcft.errors import UserError
 from hpcft.models.graph import build_graph
+from hpcft.models.lora import add_lora, merge_lora
 from hpcft.models.protocol import Potential, as_module, device_of, dtype_of
-from hpcft.relaxation import RelaxationPair, check_pair, require_twice_differentiable
-from hpcft.training.checkpoint import Checkpoint, load_latest, save_checkpoint
-from hpcft.training.data import LabelledSet, draw, share
-from hpcft.training.loss import Counts, LabelledTerm, Objective, RelaxationTerm, Unrolling, Weights
+from hpcft.relaxation import check_pair, require_twice_differentiable
+from hpcft.training.batches import Batches, Piece
+from hpcft.training.checkpoint import Checkpoint, differences, load_latest, save_checkpoint
+from hpcft.training.data import draw
+from hpcft.training.loss import Objective
+from hpcft.training.measure import errors_of
+from hpcft.training.optimiser import MovingAverage, learning_rate, parameter_groups
 from hpcft.training.rank import Rank
 from hpcft.training.sanity import ABSURD_FORCE, NotFinite, what_to_do
-from hpcft.training.schedule import Scheduled, value_at
+from hpcft.training.settings import BpttSettings, Lora, ReplaySettings, TrainingData, TrainingSettings
 
-
-@dataclass(frozen=True)
-class ReplaySettings:
-    """How much of the foundation's own data goes into every step, so that it is not forgotten."""
-
-    batch_size: int = 2
-    weight: Scheduled = 1.0
-
-
-@dataclass(frozen=True)
-class BpttSettings:
-    """The relaxation loss: its weight per amu^1/2 Å, the optimiser steps between two of them, and what is unrolled.
-
-    Weight and `steps` (of the unroll) may be schedules: steps that grow, or epochs without it first.
-    """
-
-    weight: Scheduled
-    every: int = 1
-    batch_size: int = 1
-    steps: Scheduled = 20
-    unrolling: Unrolling = field(default_factory=Unrolling)
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    epochs: int
-    batch_size: int = 4
-    steps_per_epoch: int | None = None
-    learning_rate: float = 1e-3
-    weights: Weights = field(default_factory=Weights)
-    replay: ReplaySettings | None = None
-    relaxation: BpttSettings | None = None
-    gradient_clip: float | None = 10.0
-    checkpoint_every_epochs: int = 1
-    seed: tuple[int, ...] = (0,)
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    labels: LabelledSet
-    replay: LabelledSet | None = None
-    relaxations: Sequence[RelaxationPair] = ()
-
+__all__ = [
+    "BpttSettings",
+    "Lora",
+    "NotFinite",
+    "ReplaySettings",
+    "Trainer",
+    "TrainingData",
+    "TrainingSettings",
+]
 
 # How often a training may go back to its last good checkpoint, and what each time does to its learning rate.
 MAX_SETBACKS = 3
 SETBACK_FACTOR = 0.5
+
+
+# Structures of the validation set that are evaluated together.
+_VALIDATED_TOGETHER = 8
 
 
 class Trainer:
@@ -85,17 +63,34 @@ class Trainer:
         self.step_size = None if settings.relaxation is None else settings.relaxation.unrolling.step_size
         if self.step_size is not None:
             self.step_size.to(self.device, dtype_of(potential))
-        self.objective = Objective(potential, settings.weights, self.rank.world_size, self.step_size)
+        if settings.lora is not None:
+            add_lora(potential, settings.lora.rank, settings.lora.alpha, seed=sum(settings.seed))
+        self.objective = Objective(
+            potential, settings.weights, self.rank.world_size, self.step_size, settings.huber
+        )
+        groups = parameter_groups(self.objective, settings.rates)
         self.wrapped: torch.nn.Module = self.objective
         if self.rank.world_size > 1:
-            self.wrapped = DistributedDataParallel(self.objective)
-        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.Adam(self.parameters, lr=settings.learning_rate, amsgrad=True)
+            # Buffers are constants of the architecture: nothing to broadcast.
+            self.wrapped = DistributedDataParallel(self.objective, broadcast_buffers=False)
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.optimiser = torch.optim.Adam(groups, lr=settings.learning_rate, amsgrad=True)
+        self.average = MovingAverage(self.parameters, settings.ema) if settings.ema is not None else None
         self.history: list[dict[str, float]] = []
         self.setbacks: list[dict[str, Any]] = []
+        self.speed: list[dict[str, float]] = []
+        self.best: dict[str, Any] = {}
+        self.batches = Batches(data, settings, self.rank, self.device)
+        self._sums: dict[str, list[Tensor]] = {}
         self._refuse_what_cannot_be_learned()
 
     def _refuse_what_cannot_be_learned(self) -> None:
+        if self.settings.batch_size > 0 and len(self.data.labels) == 0:
+            raise UserError("there are no labels to train on")
+        if self.settings.patience is not None and self.data.validation is None:
+            raise UserError(
+                "patience needs validation data, by which it is judged; give some, or leave it out"
+            )
         if self.settings.relaxation is None or not self.data.relaxations:
             return
         for number, pair in enumerate(self.data.relaxations):
@@ -108,46 +103,101 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        one_pass = math.ceil(len(self.data.labels) / self.settings.batch_size)
-        return self.settings.steps_per_epoch or one_pass
+        return self.batches.steps_per_epoch
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be continued; not the number of ranks, nor how memory is used."""
+        parameters = as_module(self.potential).state_dict()
+        shapes = [f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in parameters.items()]
+        sets = (self.data.labels, self.data.replay, self.data.validation)
+        return {
+            "model": f"{self.potential.architecture} {hashlib.sha256(' '.join(shapes).encode()).hexdigest()[:16]}",
+            "structures": [None if data is None else len(data) for data in sets],
+            "relaxations": len(self.data.relaxations),
+            "epochs": self.settings.epochs,
+            "steps_per_epoch": self.steps_per_epoch,
+            "batch_size": self.settings.batch_size,
+            "learning_rate": self.settings.learning_rate,
+            "rates": dict(self.settings.rates),
+            "lora": None if self.settings.lora is None else self.settings.lora.rank,
+            "ema": self.settings.ema,
+            "seed": list(self.settings.seed),
+        }
+
+    # ---- the run -----------------------------------------------------------------------------------------------------
 
     def run(
         self,
         folder: Path,
         on_epoch: Callable[[dict[str, float]], None] | None = None,
         on_setback: Callable[[dict[str, Any]], None] | None = None,
+        save_now: Callable[[], bool] = lambda: False,
     ) -> list[dict[str, float]]:
         """Train to the last epoch, from the newest checkpoint in `folder` if there is one; returns the history.
 
-        Numbers that are none send it back to the last good checkpoint with a lower learning rate; raises NotFinite when
-        that has not helped. A run that was killed after going back finds the same numbers and goes back again.
+        Afterwards the model is that of the best epoch where there is validation data, else the moving average, else the last.
+        A checkpoint is written after epochs, every so many seconds, and when `save_now` says so (asked by rank 0 after each
+        step). Numbers that are none send it back to the last good checkpoint of whole epochs with a lower learning rate;
+        raises NotFinite when that has not helped. A run that was killed after going back finds the same numbers and goes back
+        again. UserError when `folder` holds the checkpoints of another training.
         """
-        epoch = self._resume(folder)
-        good = self._checkpoint(epoch)
-        while epoch < self.settings.epochs:
-            try:
-                row = self._epoch(epoch)
-            except NotFinite as error:
-                self._go_back(good, epoch, error)
-                epoch = good.epoch
-                if on_setback is not None:
-                    on_setback(self.setbacks[-1])
-                continue
-            epoch += 1
-            self.history.append(row)
-            if epoch == self.settings.epochs or epoch % self.settings.checkpoint_every_epochs == 0:
-                good = self._checkpoint(epoch)
-                if self.rank.is_first:
-                    save_checkpoint(folder, good)
-            if on_epoch is not None:
-                on_epoch(row)
+        folder.mkdir(parents=True, exist_ok=True)
+        good, (epoch, step) = self._resume(folder)
+        saver = _Saver(self, folder, save_now) if self.rank.is_first else None
+        with self.batches.in_order() as pieces_of:
+            while not self._is_over(epoch):
+                try:
+                    row = self._epoch(epoch, step, pieces_of, saver)
+                except NotFinite as error:
+                    self._go_back(good, epoch, error)
+                    (epoch, step), self._sums = good.position, {}
+                    if on_setback is not None:
+                        on_setback(self.setbacks[-1])
+                    continue
+                epoch, step, self._sums = epoch + 1, 0, {}
+                self.history.append(row)
+                self._keep_if_best(epoch, row)
+                if self._is_over(epoch) or epoch % self.settings.checkpoint_every_epochs == 0:
+                    good = self.checkpoint(epoch)
+                    if self.rank.is_first:
+                        save_checkpoint(folder, good)
+                if on_epoch is not None:
+                    on_epoch({**row, **self.speed[-1]})
+        self._take_what_is_returned()
         return self.history
 
+    def _is_over(self, epoch: int) -> bool:
+        patience = self.settings.patience
+        waited = epoch - int(self.best.get("epoch", epoch))
+        return epoch >= self.settings.epochs or (patience is not None and waited >= patience)
+
+    def _keep_if_best(self, epoch: int, row: dict[str, float]) -> None:
+        loss = row.get("valid/loss")
+        if loss is None or not loss < self.best.get("loss", math.inf):
+            return
+        with self._as_returned():
+            model = copy.deepcopy(as_module(self.potential).state_dict())
+        self.best = {"epoch": epoch, "loss": loss, "model": model}
+
+    def _as_returned(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
+
+    def _take_what_is_returned(self) -> None:
+        if self.best:
+            as_module(self.potential).load_state_dict(self.best["model"])
+        elif self.average is not None:
+            self.average.copy_to_weights()
+        if self.settings.lora is not None:
+            merge_lora(self.potential)
+
     def log(self) -> list[dict[str, Any]]:
-        """The history, with each setback after the epoch to which it went back."""
+        """The history with times, and each setback after the epoch to which it went back."""
         rows: list[dict[str, Any]] = []
+        speed = [*self.speed, *({} for _ in self.history[len(self.speed) :])]
+        told = [{**row, **fast} for row, fast in zip(self.history, speed, strict=False)]
         for epoch in range(len(self.history) + 1):
-            rows += self.history[epoch - 1 : epoch] if epoch else []
+            rows += told[epoch - 1 : epoch] if epoch else []
             rows += [setback for setback in self.setbacks if setback["back_to_epoch"] == epoch]
         return rows
 
@@ -177,30 +227,44 @@ class Trainer:
     def _rate_factor(num_setbacks: int) -> float:
         return float(SETBACK_FACTOR**num_setbacks)
 
-    def _resume(self, folder: Path) -> int:
-        checkpoint = load_latest(folder)
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _resume(self, folder: Path) -> tuple[Checkpoint, tuple[int, int]]:
+        """What to go back to, and the epoch and step at which to go on."""
+        good, newest = self.checkpoint(0), load_latest(folder)
+        position = newest.position if newest else (0, 0)
         if self.rank.world_size > 1:
             # Ranks may see different files for a moment on a network file system: rank 0 decides.
-            epoch = torch.tensor(checkpoint.epoch if checkpoint else 0, device=self.device)
-            mine = int(epoch)
-            dist.broadcast(epoch, src=0)
-            if int(epoch) != mine:
+            first = torch.tensor(position, device=self.device)
+            dist.broadcast(first, src=0)
+            if tuple(first.tolist()) != position:
                 raise RuntimeError(
-                    f"rank {self.rank.rank} sees checkpoint {mine} where rank 0 sees {int(epoch)} in {folder}"
+                    f"rank {self.rank.rank} sees checkpoint {position} where rank 0 sees {tuple(first.tolist())} in {folder}"
                 )
-        if checkpoint is None:
-            return 0
-        self._take(checkpoint)
-        return checkpoint.epoch
+        if newest is None:
+            return good, (0, 0)
+        if different := differences(self.identity, newest.identity):
+            raise UserError(
+                f"{folder} holds the checkpoints of another training ({'; '.join(different)}); continue that one as it was, or "
+                "choose another folder"
+            )
+        if (whole := load_latest(folder, whole_epochs=True)) is not None:
+            good = whole
+        self._take(newest)
+        return good, newest.position
 
     def _take(self, checkpoint: Checkpoint) -> None:
         as_module(self.potential).load_state_dict(checkpoint.model)
         if self.step_size is not None:
             self.step_size.load_state_dict(checkpoint.step_size)
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint.average)
         self.optimiser.load_state_dict(copy.deepcopy(checkpoint.optimiser))  # it keeps what it is given
         self.history, self.setbacks = list(checkpoint.history), list(checkpoint.setbacks)
+        self.speed, self.best = list(checkpoint.speed), dict(checkpoint.best)
+        self._sums = {name: list(values.to(self.device)) for name, values in checkpoint.partial.items()}
 
-    def _checkpoint(self, epoch: int) -> Checkpoint:
+    def checkpoint(self, epoch: int, step: int = 0) -> Checkpoint:
         """A copy: training goes on in the tensors themselves."""
         return Checkpoint(
             epoch,
@@ -209,70 +273,114 @@ class Trainer:
             list(self.history),
             list(self.setbacks),
             {} if self.step_size is None else copy.deepcopy(self.step_size.state_dict()),
+            step,
+            {name: torch.stack(values).cpu() for name, values in self._sums.items()} if step else {},
+            {} if self.average is None else self.average.state_dict(),
+            dict(self.best),
+            list(self.speed),
+            self.identity,
         )
 
-    def _learning_rate(self, step: int) -> float:
-        """Cosine from the full rate to a hundredth of it, after a warm-up of one twentieth of the run."""
-        total = self.settings.epochs * self.steps_per_epoch
-        warm = max(1, total // 20)
-        if step < warm:
-            return self.settings.learning_rate * (step + 1) / warm
-        progress = (step - warm) / max(1, total - warm)
-        return self.settings.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+    # ---- an epoch ----------------------------------------------------------------------------------------------------
 
-    def _epoch(self, epoch: int) -> dict[str, float]:
-        sums: dict[str, list[Tensor]] = {}
-        for step in range(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch):
-            for name, value in self._step(step).items():
-                sums.setdefault(name, []).append(value)
+    def _epoch(
+        self, epoch: int, first: int, pieces_of: Callable[[int], list[Piece]], saver: _Saver | None
+    ) -> dict[str, float]:
+        started, num_done = time.perf_counter(), self.steps_per_epoch - first
+        for within in range(first, self.steps_per_epoch):
+            step = epoch * self.steps_per_epoch + within
+            for name, value in self._step(step, pieces_of(step)).items():
+                self._sums.setdefault(name, []).append(value)
+            if saver is not None:
+                saver.after(epoch, within + 1)
         self._refuse_weights(epoch)
+        seconds = time.perf_counter() - started
         if self.step_size is not None:
-            sums["relaxation/step_size"] = [self.step_size.log_eta.detach().exp().mean()]
-        row = {name: float(torch.stack(values).mean()) for name, values in sums.items()}
-        return {"epoch": float(epoch + 1), "learning_rate": self.optimiser.param_groups[0]["lr"], **row}
+            self._sums["relaxation/step_size"] = [self.step_size.log_eta.detach().exp().mean()]
+        row = {name: float(torch.stack(values).mean()) for name, values in self._sums.items()}
+        rate = self.optimiser.param_groups[0]["lr"] / self.optimiser.param_groups[0]["rate"]
+        row = {"epoch": float(epoch + 1), "learning_rate": rate, **row}
+        if self.data.validation is not None:
+            with self._as_returned():
+                found = errors_of(
+                    self.potential,
+                    self.data.validation,
+                    self.rank,
+                    weights=self.settings.weights.at(epoch + 1),
+                    huber=self.settings.huber,
+                    together=_VALIDATED_TOGETHER,
+                )
+            row |= {f"valid/{name}": value for name, value in found.items()}
+        self.speed = [*self.speed[:epoch], self._speed(seconds, num_done, epoch)]
+        return row
 
-    def _step(self, step: int) -> dict[str, Tensor]:
+    def _speed(self, seconds: float, num_steps: int, epoch: int) -> dict[str, float]:
+        """Structures and atoms per second over all ranks, as far as this process has followed the epoch."""
+        last = (epoch + 1) * self.steps_per_epoch
+        structures, atoms = self.batches.sizes(range(last - num_steps, last))
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device)
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "seconds": seconds,
+            "structures_per_s": structures / seconds,
+            "atoms_per_s": atoms / seconds,
+            "memory_MiB": memory / 2**20,
+        }
+
+    def _step(self, step: int, pieces: list[Piece]) -> dict[str, Tensor]:
+        settings, factor = self.settings, self._rate_factor(len(self.setbacks))
+        rate = learning_rate(settings.learning_rate, step, settings.epochs * self.steps_per_epoch) * factor
         for group in self.optimiser.param_groups:
-            group["lr"] = self._learning_rate(step) * self._rate_factor(len(self.setbacks))
-        epoch = step / self.steps_per_epoch
-        self.objective.weights = self.settings.weights.at(epoch)
-        labelled = [self._term(self.data.labels, self.settings.batch_size, step, 1.0, "labels", 0)]
-        if self.settings.replay is not None and self.data.replay is not None:
-            replay = self.settings.replay
-            weight = value_at(replay.weight, epoch)
-            labelled.append(self._term(self.data.replay, replay.batch_size, step, weight, "replay", 1))
+            group["lr"] = rate * group["rate"]
+        self.objective.weights = settings.weights.at(step / self.steps_per_epoch)
         self.optimiser.zero_grad(set_to_none=True)
-        loss, parts = self.wrapped(labelled, self._relaxation(step))
-        loss.backward()
-        self.objective.count_left_out(parts)
-        clip = self.settings.gradient_clip if self.settings.gradient_clip is not None else math.inf
+        parts = self._gradient(pieces)
+        clip = settings.gradient_clip if settings.gradient_clip is not None else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
         # All ranks judge the same numbers, so that all of them go back or none does.
-        parts = self._mean_over_ranks({"loss": loss.detach(), **parts, "norm": norm})
-        norm = parts.pop("norm")
+        parts = self._mean_over_ranks({**parts, "gradient_norm": norm.detach()})
         _average_what_is_left(parts)
-        if not torch.isfinite(parts["loss"]):
-            raise NotFinite(
-                f"the loss is {float(parts['loss'])} {self._where(step)}; parts: {_numbers(parts)}"
-            )
-        if not torch.isfinite(norm):
-            raise NotFinite(
-                f"the gradient's norm is {float(norm)} {self._where(step)}; parts: {_numbers(parts)}"
-            )
+        for name, what in (("loss", "the loss"), ("gradient_norm", "the gradient's norm")):
+            if not torch.isfinite(parts[name]):
+                numbers = _numbers(parts)
+                raise NotFinite(f"{what} is {float(parts[name])} {self._where(step)}; parts: {numbers}")
         self._refuse_absurd_forces(parts, step)
         self.optimiser.step()
+        if self.average is not None:
+            self.average.update()
         return parts
 
+    def _gradient(self, pieces: list[Piece]) -> dict[str, Tensor]:
+        """Leaves the gradient of all pieces together in the parameters; ranks exchange it with the last one."""
+        sums: dict[str, Tensor] = {}
+        for number, piece in enumerate(pieces):
+            is_last = number == len(pieces) - 1
+            alone = isinstance(self.wrapped, DistributedDataParallel) and not is_last
+            with self.wrapped.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
+                loss, parts = self.wrapped(*piece)
+                loss.backward()
+            self.objective.count_left_out(parts)
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
+
     def _refuse_absurd_forces(self, parts: dict[str, Tensor], step: int) -> None:
+        if self.settings.huber is not None:
+            return  # its loss is no mean square
         for name in ("labels/forces", "replay/forces"):
             if self.objective.weights.forces != 0 and name in parts and float(parts[name]) > ABSURD_FORCE**2:
                 raise NotFinite(
                     f"the error of the forces in {name} is {math.sqrt(float(parts[name])):.3g} eV/Å {self._where(step)}"
                 )
 
+    def weights_are_finite(self) -> bool:
+        return bool(torch.stack([torch.isfinite(p).all() for p in self.parameters]).all())
+
     def _refuse_weights(self, epoch: int) -> None:
         """No checkpoint and no model ever holds weights that are not numbers."""
-        finite = torch.stack([torch.isfinite(p).all() for p in self.parameters]).all().double()
+        finite = torch.tensor(float(self.weights_are_finite()))
         if float(self._mean_over_ranks({"finite": finite})["finite"]) < 1.0:
             raise NotFinite(f"weights are not finite at the end of epoch {epoch + 1}")
 
@@ -280,36 +388,30 @@ class Trainer:
         indices = draw(len(self.data.labels), self.settings.batch_size, step, (*self.settings.seed, 0))
         return f"at step {step} on structures {indices} of the labels"
 
-    def _term(
-        self, data: LabelledSet, size: int, step: int, weight: float, name: str, stream: int
-    ) -> LabelledTerm:
-        indices = draw(len(data), size, step, (*self.settings.seed, stream))
-        costs = data.num_atoms_each(indices)
-        mine = [indices[i] for i in share(costs, self.rank.rank, self.rank.world_size)]
-        batch = data.batch(mine, self.device) if mine else None
-        return LabelledTerm(batch, Counts(len(indices), data.num_atoms(indices)), weight, name)
-
-    def _relaxation(self, step: int) -> RelaxationTerm | None:
-        bptt = self.settings.relaxation
-        if bptt is None or not self.data.relaxations or step % bptt.every:
-            return None
-        epoch = step / self.steps_per_epoch
-        weight, steps = value_at(bptt.weight, epoch), round(value_at(bptt.steps, epoch))
-        if weight == 0:
-            return None
-        number = step // bptt.every
-        indices = draw(len(self.data.relaxations), bptt.batch_size, number, (*self.settings.seed, 2))
-        pairs = [self.data.relaxations[i] for i in indices]
-        costs = [len(pair.start) * min(steps, pair.num_steps or steps) for pair in pairs]
-        mine = [pairs[i] for i in share(costs, self.rank.rank, self.rank.world_size)]
-        return RelaxationTerm(mine, len(indices), weight, steps, bptt.unrolling)
-
     def _mean_over_ranks(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.rank.world_size == 1:
             return parts
-        values = torch.stack([value.to(self.device, torch.float64) for value in parts.values()])
+        names = sorted(parts)  # pieces may come in another order on another rank
+        values = torch.stack([parts[name].to(self.device, torch.float64) for name in names])
         dist.all_reduce(values)
-        return dict(zip(parts, values / self.rank.world_size, strict=True))
+        mean = dict(zip(names, values / self.rank.world_size, strict=True))
+        return {name: mean[name] for name in parts}
+
+
+class _Saver:
+    """Writes a checkpoint within an epoch: every so many seconds, and when it is told to."""
+
+    def __init__(self, trainer: Trainer, folder: Path, save_now: Callable[[], bool]) -> None:
+        self._trainer, self._folder, self._save_now = trainer, folder, save_now
+        self._saved_at = time.monotonic()
+
+    def after(self, epoch: int, step: int) -> None:
+        is_due = time.monotonic() - self._saved_at > self._trainer.settings.checkpoint_every_s
+        # The epoch's own checkpoint follows its last step.
+        if step < self._trainer.steps_per_epoch and (self._save_now() or is_due):
+            if self._trainer.weights_are_finite():
+                save_checkpoint(self._folder, self._trainer.checkpoint(epoch, step))
+            self._saved_at = time.monotonic()
 
 
 def _average_what_is_left(parts: dict[str, Tensor]) -> None:

@@ -159,3 +159,22 @@ class ObedientEMT(CountingEMT):
             if order[0] == "break":
                 subprocess.run(["/no/such/program"], check=True)  # as where a node lacks the code
             time.sleep(0.02)
+
+
+class OtherZeroEMT(EMT):
+    """EMT whose isolated atoms have another energy, as those of another pseudopotential: `offset` eV more for each atom."""
+
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        self.offset = offset
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        super().calculate(atoms, properties, system_changes)
+        assert atoms is not None
+        for name in ("energy", "free_energy"):
+            self.results[name] += self.offset * len(atoms)

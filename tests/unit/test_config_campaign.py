@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from hpcft.config import campaign as config
 from hpcft.config.campaign import Campaign, differences, load_campaign
+from hpcft.config.training import Weights
 from hpcft.config.validate import Section
 from hpcft.config.yaml_file import dump_yaml, load_yaml
 from hpcft.errors import UserError
@@ -79,7 +80,7 @@ def test_a_campaign_loads_with_defaults_and_absolute_files(file: Path) -> None:
     assert campaign.explore.temperature_K == 1200.0
     assert campaign.reference.elements == ("Pd", "Au")
     assert campaign.label == config.Label(shards=2)
-    assert campaign.train.weights == config.Weights(energy=10)
+    assert campaign.train.weights == Weights(energy=10)
     assert campaign.train.replay is None
     assert campaign.max_attempts == 3
 

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.config import campaign as config
-from hpcft.config.campaign import Campaign, Resources, load_campaign
+from hpcft.config import training
+from hpcft.config.campaign import Campaign, load_campaign
+from hpcft.config.common import Resources
 from hpcft.config.yaml_file import dump_yaml
 
 positive = st.floats(1e-6, 1e6)
@@ -26,7 +28,7 @@ scalar: st.SearchStrategy[Any] = (
 )
 json_value = scalar | st.lists(scalar, max_size=3) | st.dictionaries(text, scalar, max_size=3)
 resources = st.builds(Resources, time_min=count, cpus_per_rank=count, memory_GB=st.none() | positive)
-weights = st.builds(config.Weights, energy=positive, forces=st.floats(0, 10), stress=st.floats(0, 10))
+weights = st.builds(training.Weights, energy=positive, forces=st.floats(0, 10), stress=st.floats(0, 10))
 
 
 @st.composite
@@ -62,7 +64,7 @@ def campaigns(draw: st.DrawFn, folder: Path) -> Campaign:
         "relaxations": config.Relaxations(
             train=folder / "other.xyz", test=draw(st.none() | path), fmax=draw(positive)
         ),
-        "train": config.Train(
+        "train": training.Train(
             ranks=ranks,
             epochs=draw(count),
             steps_per_epoch=draw(st.none() | count),
@@ -70,10 +72,20 @@ def campaigns(draw: st.DrawFn, folder: Path) -> Campaign:
             learning_rate=draw(positive),
             weights=draw(weights),
             precision=draw(st.sampled_from(["float32", "float64"])),
-            replay=draw(st.none() | st.builds(config.Replay, file=path, batch_size=count, weight=positive)),
+            replay=draw(st.none() | st.builds(training.Replay, file=path, batch_size=count, weight=positive)),
             relaxation=draw(
-                st.none() | st.builds(config.RelaxationTraining, weight=positive, momentum=fraction)
+                st.none() | st.builds(training.RelaxationTraining, weight=positive, momentum=fraction)
             ),
+            rates=draw(st.dictionaries(text, st.floats(0, 10), max_size=2)),
+            lora=draw(st.none() | st.builds(training.Lora, rank=count, alpha=positive)),
+            ema=draw(st.none() | st.floats(0.01, 0.99)),
+            huber=draw(st.none() | st.builds(training.Huber, energy=positive, forces=positive)),
+            energy_zero=draw(
+                st.sampled_from(["keep", "fit"])
+                | st.dictionaries(st.sampled_from(["No", "Cu"]), st.floats(-1e4, 1e4), min_size=1)
+            ),
+            validation=draw(st.none() | st.builds(training.Validation, patience=st.none() | count)),
+            max_edges=draw(st.none() | count),
             gradient_clip=draw(st.none() | positive),
         ),
         "probe": config.Probe(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcft.config.campaign import Weights
 from hpcft.config.pretrain import Architecture, Recipe, load_recipe
+from hpcft.config.training import Weights
 from hpcft.config.yaml_file import dump_yaml
 from hpcft.errors import UserError
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpcft.config.campaign import Reference, Train
+from hpcft.config.campaign import Reference
 from hpcft.config.site import Site
+from hpcft.config.training import Train
 
 ROOT = Path(__file__).parents[2]
 
