@@ -8,7 +8,7 @@ import sys
 import typer
 
 from hpcft import __version__
-from hpcft.cli import archive, campaign, inspect, logs, mend, model, relax, site
+from hpcft.cli import archive, campaign, inspect, logs, mend, model, relax, site, train
 from hpcft.errors import CampaignStopped, LabelError, LeaseHeld, SchedulerUnavailable, UserError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("cancel")(campaign.cancel)
 app.command("report")(campaign.report)
 app.command("inspect")(inspect.inspect)
 app.command("relax")(relax.relax)
+app.command("train")(train.train)
 app.command("archive")(archive.archive)
 app.command("verify")(archive.verify)
 app.command("check")(site.check)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -16,11 +17,13 @@ from hpcft.config.validate import (
     Scheduled,
     ScheduledCount,
     Section,
+    Seed,
     Unit,
     always_zero,
     shown,
+    validate,
 )
-from hpcft.config.yaml_file import KeyPath
+from hpcft.config.yaml_file import KeyPath, load_yaml
 
 
 def _symbol(symbol: str) -> str:
@@ -187,3 +190,32 @@ class Train(Optimisation):
     """Norm to which the gradient is clipped; null: not clipped."""
     resources: Resources = Resources()
     """What the task asks of the machine."""
+
+
+class TrainingRun(Train):
+    """A training without a campaign: what `hpcft train --config` reads."""
+
+    epochs: Count = 50
+    """Passes over the data."""
+    weights: Weights = Weights(energy=10.0)
+    """Weights of the terms of the loss."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = 0.99
+    """Decay per step of the exponential moving average of the weights, which is then the model; null: none."""
+    seed: Seed = 0
+    """Every random number follows from it."""
+    max_force: Annotated[Positive, Unit("eV/Å")] = 50.0
+    """Structures with a larger force are outliers and left out, in eV/Å."""
+    max_outliers: Fraction = 0.01
+    """Fraction of the data that may be left out as outliers; more is an error."""
+
+    def _problems(self) -> Iterator[tuple[KeyPath, str]]:
+        yield from super()._problems()
+        if self.relaxation is not None:
+            yield ("relaxation",), "needs reference relaxations, which only a campaign has; leave it out"
+        if self.ranks != 1:
+            yield ("ranks",), "is what the launcher says (srun, mpirun, torchrun); leave it out"
+
+
+def load_training(path: Path) -> TrainingRun:
+    """The training that the YAML file describes; else a UserError with every problem."""
+    return validate(TrainingRun, load_yaml(path), path)

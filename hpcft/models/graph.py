@@ -44,7 +44,7 @@ class Graph:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in vars(self).values())
+        return int(sum(tensor.nbytes for tensor in vars(self).values()))
 
     @property
     def shift_vectors_e3(self) -> Tensor:

@@ -1,29 +1,23 @@
-"""What a training shows: a live line while it runs, learning curves and parity plots at its end, and TensorBoard's scalars.
+"""What a training shows at its end: learning curves and parity plots.
 
 A row is a line of metrics.jsonl (`Trainer.log()`): an epoch, or a setback. Any key may be missing, in all rows or in some.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from time import monotonic
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from ase import units
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
 
 from hpcft.storage.atomic import write_bytes
 
@@ -68,7 +62,7 @@ def _panels(epochs: Sequence[Row]) -> dict[str, list[_Curve]]:
     """The curves with something in them, of each panel that has such."""
 
     def curve(key: str, label: str = "", colour: str = _BLUE, style: str = "-") -> _Curve:
-        points = np.array([(row["epoch"], _number(row[key])) for row in epochs if key in row], dtype=float)
+        points = np.array([(row["epoch"], number(row[key])) for row in epochs if key in row], dtype=float)
         scatters = key != "learning_rate" and not key.startswith("valid/")
         return _Curve(label, colour, style, points.reshape(-1, 2), scatters)
 
@@ -97,7 +91,7 @@ def _panels(epochs: Sequence[Row]) -> dict[str, list[_Curve]]:
     return {name: curves for name, curves in shown.items() if curves}
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """NaN for everything that is no finite number; JSON has null where some writers had NaN."""
     return float(value) if value is not None and math.isfinite(value) else math.nan
 
@@ -139,7 +133,7 @@ def _draw_curve(axis: Any, curve: _Curve) -> None:
 
 def _best_epoch(rows: Sequence[Row]) -> tuple[float, int] | None:
     """The lowest `valid/loss`, and the first epoch that had it."""
-    losses = [(_number(row["valid/loss"]), int(row["epoch"])) for row in rows if "valid/loss" in row]
+    losses = [(number(row["valid/loss"]), int(row["epoch"])) for row in rows if "valid/loss" in row]
     return min((entry for entry in losses if not math.isnan(entry[0])), default=None)
 
 
@@ -169,7 +163,7 @@ def _training_notes(rows: Sequence[Row], panels: Mapping[str, Sequence[_Curve]])
         ("atoms_per_s", np.median, "median {:,.4g} atoms/s"),
         ("memory_MiB", max, "at most {:,.0f} MiB of memory"),
     ):
-        known = [number for row in rows if (number := _number(row.get(key))) > 0]
+        known = [value for row in rows if (value := number(row.get(key))) > 0]
         notes += [note.format(of_all(known))] if known else []
     return notes
 
@@ -313,84 +307,3 @@ def _save(figure: Figure, path: Path, title: str, notes: Sequence[str]) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_bytes(path, buffer.getvalue())
-
-
-class ProgressLine:
-    """A live line on a terminal; elsewhere a plain line per epoch, or per ten seconds where epochs are quicker than that."""
-
-    def __init__(self, num_epochs: int, console: Console, clock: Callable[[], float] = monotonic) -> None:
-        self._print = partial(console.print, soft_wrap=True, markup=False, highlight=False)
-        self._clock, self._left = clock, TimeRemainingColumn()
-        self._progress = Progress(
-            TextColumn("epoch"), MofNCompleteColumn(), BarColumn(bar_width=12), TextColumn("left"), self._left,
-            TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-            console=console, get_time=clock, disable=not console.is_interactive, expand=True,
-            speed_estimate_period=math.inf,  # half a minute by default, but an epoch may take hours
-        )  # fmt: skip
-        self._task = self._progress.add_task("", total=num_epochs)
-        self._printed_at = -math.inf
-        self._unprinted: str | None = None
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._print_latest()
-        if not self._progress.disable:
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                self._progress.stop()
-
-    def show(self, row: Row) -> None:
-        """Show an epoch, or print a setback."""
-        if "setback" in row:
-            self._print_latest()
-            self._progress.update(self._task, completed=row["back_to_epoch"])
-            self._print(f"back to the end of epoch {row['back_to_epoch']}: {row['why']}")
-            return
-        numbers = " · ".join(form.format(_number(row[key])) for key, form in _SHOWN.items() if key in row)
-        self._progress.update(self._task, completed=int(row["epoch"]), description=numbers)
-        (task,) = self._progress.tasks
-        self._unprinted = f"epoch {task.completed}/{task.total} · {numbers} · left {self._left.render(task)}"
-        if self._clock() - self._printed_at >= _PLAIN_EVERY_S or task.finished:
-            self._print_latest()
-
-    def _print_latest(self) -> None:
-        if self._progress.disable and self._unprinted is not None:
-            self._print(self._unprinted)
-            self._unprinted, self._printed_at = None, self._clock()
-
-
-_PLAIN_EVERY_S = 10.0
-_SHOWN = {
-    "loss": "loss {:.4g}",
-    "valid/force_mae_meV_per_A": "validation {:.1f} meV/Å",
-    "structures_per_s": "{:.3g} structures/s",
-    "gradient_norm": "gradient {:.3g}",
-    "learning_rate": "rate {:.2g}",
-}
-
-
-def scalars(row: Row) -> dict[str, float]:
-    """TensorBoard's tags and the numbers of an epoch; what is in no group is put in `training`, so that it stands together."""
-    tags = {key: key if "/" in key else f"training/{key}" for key in row if key != "epoch"}
-    return {tag: number for key, tag in tags.items() if not math.isnan(number := _number(row[key]))}
-
-
-def tensorboard_writer(folder: Path) -> Callable[[Row], None] | None:
-    """A function that adds a row to the event file in `folder`; None where tensorboard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    writer = SummaryWriter(str(folder))
-
-    def write(row: Row) -> None:
-        if "setback" in row:
-            writer.add_text("setback", str(row["why"]), row["back_to_epoch"])
-        else:
-            for tag, number in scalars(row).items():
-                writer.add_scalar(tag, number, int(row["epoch"]))
-        writer.flush()
-
-    return write

@@ -22,7 +22,7 @@ from hpcft.storage.atomic import write_text
 if TYPE_CHECKING:
     from hpcft.models.protocol import Potential
     from hpcft.relaxation import RelaxationPair
-    from hpcft.training.settings import BpttSettings, TrainingData, TrainingSettings
+    from hpcft.training.settings import BpttSettings, TrainingData
     from hpcft.training.trainer import Trainer
 
 
@@ -39,6 +39,7 @@ def run(task: TaskContext) -> dict[str, Any]:
 
     from hpcft.models.files import load_model, save_model, sha256_of
     from hpcft.training.distributed import choose_device, process_group
+    from hpcft.training.from_config import settings_of
     from hpcft.training.trainer import Trainer
 
     context = task.context
@@ -50,7 +51,12 @@ def run(task: TaskContext) -> dict[str, Any]:
     shifts = _align(context, potential, labels)
     data, refused = _data(context, potential, labels, shifts)
     with process_group(task.rank, task.path, device):
-        trainer = Trainer(potential, data, _settings(context, potential.elements), task.rank)
+        settings = settings_of(
+            context.campaign.train,
+            seed=context.entropy("train", context.round),
+            relaxation=_bptt(context, potential.elements),
+        )
+        trainer = Trainer(potential, data, settings, task.rank)
         log = _log_to(task, trainer)
         history = trainer.run(task.path, log, log, once(task.is_ending))
     final = task.path / "model.pt"
@@ -192,38 +198,6 @@ def _relaxations(context: StageContext) -> tuple[list[RelaxationPair], list[str]
             + " Raise relaxations.max_steps or relaxations.fmax, or leave train.relaxation out, in a new campaign."
         )
     return pairs, refused
-
-
-def _settings(context: StageContext, elements: Sequence[int]) -> TrainingSettings:
-    from hpcft.training.loss import Huber, Weights
-    from hpcft.training.schedule import scheduled
-    from hpcft.training.settings import Lora, ReplaySettings, TrainingSettings
-
-    train = context.campaign.train
-    replay = train.replay
-    return TrainingSettings(
-        epochs=train.epochs,
-        batch_size=train.batch_size,
-        steps_per_epoch=train.steps_per_epoch,
-        learning_rate=train.learning_rate,
-        weights=Weights(
-            scheduled(train.weights.energy), scheduled(train.weights.forces), scheduled(train.weights.stress)
-        ),
-        replay=None if replay is None else ReplaySettings(replay.batch_size, scheduled(replay.weight)),
-        relaxation=_bptt(context, elements),
-        huber=None
-        if train.huber is None
-        else Huber(train.huber.energy, train.huber.forces, train.huber.stress),
-        rates=train.rates,
-        lora=None if train.lora is None else Lora(train.lora.rank, train.lora.alpha),
-        ema=train.ema,
-        patience=None if train.validation is None else train.validation.patience,
-        max_edges=train.max_edges,
-        gradient_clip=train.gradient_clip,
-        checkpoint_every_epochs=train.checkpoint_every_epochs,
-        checkpoint_every_s=60 * train.checkpoint_every_min,
-        seed=context.entropy("train", context.round),
-    )
 
 
 def _bptt(context: StageContext, elements: Sequence[int]) -> BpttSettings | None:

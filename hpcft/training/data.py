@@ -41,13 +41,20 @@ class Batch:
     graph: Graph
     labels: Labels
 
+    @property
+    def num_bytes(self) -> int:
+        return self.graph.num_bytes + int(sum(tensor.nbytes for tensor in vars(self.labels).values()))
+
 
 class LabelledSet:
     """Structures with REF_energy, REF_forces and (where present) REF_stress.
 
-    `structures` may be read lazily; with `num_atoms` of each known they are not looked at before they are drawn. Graphs are
-    built once and kept as long as all of them take at most `cache_MiB`.
+    `structures` may be read lazily; with `num_atoms` of each known they are not looked at before they are drawn. Graphs and
+    labels are made once and kept as long as all of them take at most `cache_MiB`.
     """
+
+    # Of all sets: the next batch may be made while another thread measures, and lazy files have one reader at a time.
+    _lock = threading.Lock()
 
     def __init__(
         self,
@@ -61,9 +68,8 @@ class LabelledSet:
     ) -> None:
         self._structures = structures
         self._cutoff, self._dtype = cutoff, dtype
-        self._graphs: OrderedDict[int, Graph] = OrderedDict()
+        self._samples: OrderedDict[int, Batch] = OrderedDict()
         self._cached, self._most_cached = 0, int(cache_MiB * 2**20)
-        self._lock = threading.Lock()  # the next batch may be made while another thread measures
         if num_atoms is not None:
             self._num_atoms = list(num_atoms)
             return
@@ -82,6 +88,11 @@ class LabelledSet:
     def structures(self) -> Sequence[Atoms]:
         return self._structures
 
+    def subset(self, indices: Sequence[int]) -> LabelledSet:
+        """These structures alone, read now."""
+        chosen = [self._structures[i] for i in indices]
+        return LabelledSet(chosen, self._cutoff, self._dtype)
+
     def num_atoms_each(self, indices: Sequence[int]) -> list[int]:
         return [self._num_atoms[i] for i in indices]
 
@@ -89,42 +100,47 @@ class LabelledSet:
         return sum(self.num_atoms_each(indices))
 
     def num_edges_each(self, indices: Sequence[int]) -> list[int]:
-        return [len(self._graph(i).senders_e) for i in indices]
+        return [len(self._sample(i).graph.senders_e) for i in indices]
 
     def batch(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Batch:
-        graphs = [self._graph(i) for i in indices]
-        chosen = [self._structures[i] for i in indices]
-        stress = np.zeros((len(chosen), 3, 3))
-        known = np.zeros(len(chosen))
-        for row, atoms in enumerate(chosen):
-            if "REF_stress" in atoms.info and np.isfinite(atoms.info["REF_stress"]).all():
-                stress[row] = _full_stress(np.asarray(atoms.info["REF_stress"]))
-                known[row] = 1.0
+        samples = [self._sample(i) for i in indices]
+        labels = [sample.labels for sample in samples]
+        joined = {
+            name: torch.cat([getattr(one, name) for one in labels]).to(device) for name in vars(labels[0])
+        }
+        return Batch(concatenate([sample.graph for sample in samples]).to(device), Labels(**joined))
 
-        def tensor(values: object) -> Tensor:
-            return torch.as_tensor(np.asarray(values), dtype=self._dtype, device=device)
-
-        labels = Labels(
-            energies_b=tensor([float(a.info["REF_energy"]) for a in chosen]),
-            forces_n3=tensor(np.concatenate([a.arrays["REF_forces"] for a in chosen])),
-            stress_b33=tensor(stress),
-            stress_known_b=tensor(known),
-            weights_b3=tensor([configuration_weights(atoms) for atoms in chosen]),
-        )
-        return Batch(concatenate(graphs).to(device), labels)
-
-    def _graph(self, index: int) -> Graph:
+    def _sample(self, index: int) -> Batch:
         with self._lock:
-            if (graph := self._graphs.get(index)) is not None:
-                self._graphs.move_to_end(index)
-                return graph
-        graph = build_graph([self._structures[index]], self._cutoff, dtype=self._dtype)
+            if (sample := self._samples.get(index)) is not None:
+                self._samples.move_to_end(index)
+                return sample
+            atoms = self._structures[index]
+        graph = build_graph([atoms], self._cutoff, dtype=self._dtype)
+        sample = Batch(graph, _labels_of(atoms, self._dtype))
         with self._lock:
-            self._graphs[index] = graph
-            self._cached += graph.num_bytes
-            while self._cached > self._most_cached and len(self._graphs) > 1:
-                self._cached -= self._graphs.popitem(last=False)[1].num_bytes
-        return graph
+            self._samples[index] = sample
+            self._cached += sample.num_bytes
+            while self._cached > self._most_cached and len(self._samples) > 1:
+                self._cached -= self._samples.popitem(last=False)[1].num_bytes
+        return sample
+
+
+def _labels_of(atoms: Atoms, dtype: torch.dtype) -> Labels:
+    stress, known = np.zeros((3, 3)), 0.0
+    if "REF_stress" in atoms.info and np.isfinite(atoms.info["REF_stress"]).all():
+        stress, known = _full_stress(np.asarray(atoms.info["REF_stress"])), 1.0
+
+    def tensor(values: object) -> Tensor:
+        return torch.as_tensor(np.asarray(values), dtype=dtype)
+
+    return Labels(
+        energies_b=tensor([float(atoms.info["REF_energy"])]),
+        forces_n3=tensor(atoms.arrays["REF_forces"]),
+        stress_b33=tensor(stress[None]),
+        stress_known_b=tensor([known]),
+        weights_b3=tensor([configuration_weights(atoms)]),
+    )
 
 
 def configuration_weights(atoms: Atoms) -> list[float]:

@@ -242,4 +242,4 @@ def test_graphs_are_kept_within_a_bound_and_built_again_beyond_it() -> None:
     for indices in ([0, 1, 2], [3, 4, 5], [0, 5]):
         ours, theirs = bounded.batch(indices), free.batch(indices)
         assert torch.equal(ours.graph.senders_e, theirs.graph.senders_e)
-    assert 1 <= len(bounded._graphs) < 6 == len(free._graphs)
+    assert 1 <= len(bounded._samples) < 6 == len(free._samples)
