@@ -102,8 +102,10 @@ def relax(
     from ase.units import GPa
     from rich.console import Console
 
+    from hpcft.models.allocator import keep_freed_memory
     from hpcft.storage.structures import read_any
 
+    keep_freed_memory()
     structures = read_any(structures_file)
     potential = _load(model_file, device, precision)
     _check_structures(structures, structures_file, potential, with_cell)

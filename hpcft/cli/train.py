@@ -83,8 +83,10 @@ def train(
         "precision": None if precision is None else precision.value,
     }
     settings = _settings(config, {name: value for name, value in options.items() if value is not None})
+    from hpcft.models.allocator import keep_freed_memory
     from hpcft.training.fine_tune import Request
 
+    keep_freed_memory()
     _use_threads(rank)
     keys = {"energy_key": energy_key, "forces_key": forces_key, "stress_key": stress_key}
     request = Request(model_file, data, valid, output, settings, device.value, keys)

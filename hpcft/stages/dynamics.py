@@ -10,6 +10,7 @@ from typing import Any
 from hpcft import __version__
 from hpcft.md import Guards, LangevinSettings, Simulation
 from hpcft.md.engine import Observe, Replica
+from hpcft.models.allocator import keep_freed_memory
 from hpcft.models.files import sha256_of
 from hpcft.models.protocol import Potential
 from hpcft.stages.context import StageContext, Superseded, TaskContext
@@ -60,6 +61,7 @@ def run_dynamics(
     A segment that exists is never run again: the replicas go on from its checkpoint. Raises Superseded when
     another attempt has published the segment that this one has just run.
     """
+    keep_freed_memory()
     final = task.path / "trajectory.h5"
     if not final.exists():
         simulation = Simulation(

@@ -37,11 +37,13 @@ def plan(context: StageContext) -> list[dict[str, Any]]:
 def run(task: TaskContext) -> dict[str, Any]:
     import torch
 
+    from hpcft.models.allocator import keep_freed_memory
     from hpcft.models.files import load_model, save_model, sha256_of
     from hpcft.training.distributed import choose_device, process_group
     from hpcft.training.from_config import settings_of
     from hpcft.training.trainer import Trainer
 
+    keep_freed_memory()
     context = task.context
     device = choose_device(task.rank, context.device)
     dtype = getattr(torch, context.campaign.train.precision)
