@@ -36,6 +36,7 @@ from study_systems import SYSTEMS, System
 from study_training import METHODS, Problem, Sizes, fine_tuned, judged, problem_of
 
 from hpcft.bias import Interval
+from hpcft.models.allocator import keep_freed_memory
 from hpcft.storage.atomic import read_json, write_json
 
 QUICK = Sizes(
@@ -306,6 +307,7 @@ def study(options: argparse.Namespace, sizes: Sizes) -> list[Row]:
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)  # more threads than free cores are slower by far
+    keep_freed_memory()
     rows = study(options, QUICK if options.quick else Sizes())
     for table in report(rows):
         Console(width=200).print(table)
