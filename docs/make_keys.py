@@ -14,11 +14,13 @@ from pydantic_core import PydanticUndefined
 from hpcft.config.campaign import Campaign
 from hpcft.config.pretrain import Recipe
 from hpcft.config.site import Site
+from hpcft.config.training import TrainingRun
 
 TITLES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("Campaign", Campaign),
     ("Site", Site),
     ("Recipe of a foundation model", Recipe),
+    ("A training without a campaign (`hpcft train --config`)", TrainingRun),
 )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from hpcft.cli.relax import Device, Precision
 from hpcft.errors import UserError
@@ -20,6 +21,21 @@ if TYPE_CHECKING:
 Paths = list[Path]
 
 
+class ManyFiles(TyperCommand):
+    """A command whose --data and --valid take several files at once: `--data a.extxyz b.h5`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeated: list[str] = []
+        option = None
+        for argument in args:
+            if argument.startswith("-"):
+                option = argument if argument in ("--data", "--valid") else None
+            elif option is not None and repeated[-1] != option:
+                repeated.append(option)
+            repeated.append(argument)
+        return super().parse_args(ctx, repeated)
+
+
 def train(
     model_file: Annotated[
         Path, typer.Option("--model", help="hpcft's .pt or MACE's .model.", show_default=False)
@@ -28,7 +44,7 @@ def train(
         Paths,
         typer.Option(
             "--data",
-            help="Labelled structures: extxyz with REF_energy and REF_forces, hpcft's or mace's HDF5. May be repeated.",
+            help="Labelled structures, one file or several: extxyz with REF_energy and REF_forces, hpcft's or mace's HDF5.",
             show_default=False,
         ),
     ],

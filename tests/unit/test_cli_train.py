@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +170,16 @@ def test_bad_input_is_refused_before_anything_is_trained(folder: Path) -> None:
         assert message in done.stderr, (options, done.stderr)
         assert "Traceback" not in done.stderr
         assert not (folder / "out" / "model.pt").exists()
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    copper = []
+    for atoms in labelled(8, 0):
+        atoms.numbers[:] = 29
+        copper.append(atoms)
+    (tmp_path / "example.py").write_text(program)
+    errors = runpy.run_path("example.py", init_globals={"labelled": copper})["outcome"]
+    assert errors.after["validation"]["loss"] < errors.before["validation"]["loss"]

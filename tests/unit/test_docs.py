@@ -11,7 +11,7 @@ import yaml
 
 from hpcft.config.campaign import Reference
 from hpcft.config.site import Site
-from hpcft.config.training import Train
+from hpcft.config.training import Train, TrainingRun
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +42,12 @@ def test_the_examples_of_a_campaign_s_sections_are_valid() -> None:
     for example in (training, recommended):
         Train.model_validate(example["train"])
     Reference.model_validate(reference["reference"])
+
+
+def test_the_example_of_a_training_is_valid(tmp_path: Path) -> None:
+    (example,) = yaml_examples("training.md")
+    (tmp_path / "replay.extxyz").touch()
+    assert TrainingRun.model_validate(example, context={"folder": tmp_path}).energy_zero == "fit"
 
 
 @pytest.mark.parametrize(
