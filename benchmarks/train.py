@@ -181,7 +181,7 @@ def prepare(folder: Path, size: Size) -> None:
 
 
 def configuration(size: Size, seen: Sequence[Atoms]) -> dict[str, Any]:
-    isolated = {number: labelled(Atoms([number])).info["REF_energy"] for number in ELEMENTS}
+    isolated = {number: labelled(Atoms([number], cell=[20.0] * 3)).info["REF_energy"] for number in ELEMENTS}
     cohesive = [
         (atoms.info["REF_energy"] - sum(isolated[n] for n in atoms.numbers)) / len(atoms) for atoms in seen
     ]

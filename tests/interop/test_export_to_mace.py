@@ -20,14 +20,25 @@ from hpcft.models.files import export_mace, load_model, save_model, sha256_of
 from hpcft.models.graph import build_graph
 from hpcft.models.protocol import Evaluation, Potential, as_module, evaluate
 from hpcft.models.trust import trust
+from hpcft.training.data import LabelledSet
+from hpcft.training.trainer import Lora, Trainer, TrainingData, TrainingSettings
 
 FOUNDATION = Path(__file__).parents[2] / "campaigns" / "foundation" / "emt-metals.pt"
 
 
-@pytest.fixture(scope="module")
-def foundation() -> Potential:
-    """The shipped foundation, changed a little: a fine-tuned model."""
+@pytest.fixture(scope="module", params=["changed", "trained"])
+def foundation(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Potential:
+    """The shipped foundation, its weights changed a little; or trained with LoRA, after its zero of energy has moved."""
     potential = load_model(FOUNDATION, dtype=torch.float64)
+    if request.param == "trained":
+        potential.shift_energies({13: -50.0, 29: 7.5})
+        atoms = structures()[0]
+        atoms.info["REF_energy"] = 8 * -3.5 - 35.0
+        atoms.arrays["REF_forces"] = np.zeros((8, 3))
+        data = TrainingData(LabelledSet([atoms], potential.cutoff, torch.float64))
+        settings = TrainingSettings(3, 1, learning_rate=0.02, lora=Lora(2, 2.0), ema=0.5)
+        Trainer(potential, data, settings).run(tmp_path_factory.mktemp("training"))
+        return potential
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in as_module(potential).parameters():
