@@ -38,3 +38,19 @@ def test_n_epochs_a_kill_and_n_more_are_2n_epochs_to_the_last_bit(world_size: in
     whole, halves = state_of(tmp_path / "whole"), state_of(tmp_path / "halves")
     assert [row["epoch"] for row in halves[0]] == list(range(1, 2 * N + 1))
     assert halves == whole
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
+def test_killed_it_goes_on_with_another_number_of_ranks(before: int, after: int, tmp_path: Path) -> None:
+    """What was learned stays to the last bit; the rest is the same to the rounding of sums in single precision."""
+    train(tmp_path / "whole")
+    train(tmp_path / "halves", N, before, "first")
+    first = state_of(tmp_path / "halves")[0]
+    train(tmp_path / "halves", None, after, "second")
+    history = state_of(tmp_path / "halves")[0]
+    assert history[: len(first)] == first
+    whole = state_of(tmp_path / "whole")[0]
+    assert [row["epoch"] for row in history] == [row["epoch"] for row in whole]
+    for ours, theirs in zip(history, whole, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
