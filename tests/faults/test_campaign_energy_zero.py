@@ -97,6 +97,7 @@ def test_a_fitted_zero_is_kept_through_all_rounds_and_replay_has_it_too(
     assert abs(shifts[0]["Cu"] + 250) < 3
 
 
+@pytest.mark.nightly
 def test_the_energies_of_isolated_atoms_may_be_given(tmp_path: Path, calculators: None) -> None:
     isolated = float(EMT().get_potential_energy(Atoms("Cu"))) + OFFSET
     file = campaign(tmp_path / "inputs", energy_zero={"Cu": isolated})

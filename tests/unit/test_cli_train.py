@@ -112,10 +112,16 @@ def test_it_learns_and_leaves_a_model_figures_and_a_table(folder: Path) -> None:
 @pytest.mark.parametrize(
     "launcher",
     [
-        (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"),
-        ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"),
+        pytest.param(
+            (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"),
+            id="torchrun",
+        ),
+        pytest.param(
+            ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"),
+            id="mpirun",
+            marks=pytest.mark.nightly,
+        ),
     ],
-    ids=["torchrun", "mpirun"],
 )
 def test_two_ranks_of_any_launcher_train_as_one_does(folder: Path, launcher: tuple[str, ...]) -> None:
     """Fails if each rank trains alone, which looks the same from outside."""
