@@ -64,6 +64,7 @@ class Sizes:
     bptt_every: int = 4
     replay_batch: int = 2
     replay_weight: float = 1.0
+    energy_weight: float = 20.0
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def settings_of(method: str, system: System, sizes: Sizes, seed: int) -> Trainin
         batch_size=2,
         steps_per_epoch=1,
         learning_rate=sizes.learning_rate,
-        weights=Weights(energy=20.0, stress=100.0 if system.with_cell else 0.0),
+        weights=Weights(sizes.energy_weight, stress=100.0 if system.with_cell else 0.0),
         replay=ReplaySettings(sizes.replay_batch, sizes.replay_weight),
         checkpoint_every_epochs=steps,
         seed=(seed,),

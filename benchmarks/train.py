@@ -222,10 +222,8 @@ def errors_on_validation(folder: Path, model: Path) -> dict[str, float]:
     potential: Potential
     if model.suffix == ".pt":
         potential = load_model(model)
-    else:
-        potential = MacePotential(
-            torch.load(model, weights_only=False)
-        )  # a pickle, but one that we have made
+    else:  # a pickle, but one that we have made
+        potential = MacePotential(torch.load(model, weights_only=False))
     return errors_of(potential, labels_of(folder, "valid"), weights=WEIGHTS)
 
 
@@ -374,9 +372,8 @@ def beside_mace(folder: Path, size: Size, progress: Callable[[str], None]) -> Fo
             after = errors["force_mae_meV_per_A"]
             runs.append(Trained(name, seed, epochs, peak, after))
             wall, cpu = typical(epochs)
-            progress(
-                f"{name}, seed {seed}: {wall:.2f} s and {cpu:.2f} CPU s an epoch, {peak:.0f} MiB, {after:.1f} meV/Å"
-            )
+            speed = f"{wall:.2f} s and {cpu:.2f} CPU s an epoch"
+            progress(f"{name}, seed {seed}: {speed}, {peak:.0f} MiB, {after:.1f} meV/Å")
         difference = max(difference, difference_at_start(folder / f"mace-{seed}", before, size))
     return {
         **compared(runs),
@@ -437,7 +434,7 @@ def of_rank(folder: Path, size: Size, rank: Rank) -> Ranked:
     here = folder / f"ranks-{rank.token}"
     here.mkdir(exist_ok=True)
     data = TrainingData(labels_of(folder, "train"))
-    with process_group(rank, here, torch.device("cpu")):
+    with process_group(rank, here, torch.device("cpu"), timeout_s=120):
         gradient = gradient_of(Trainer(load_model(folder / "foundation.pt"), data, ONE_STEP, rank), here)
         marks: list[Mark] = []
         trainer = Trainer(load_model(folder / "foundation.pt"), data, settings_of(size), rank)
