@@ -170,9 +170,13 @@ def export_mace(potential: Potential, path: Path) -> None:
     model = getattr(potential, "model", None)
     if potential.architecture != "mace" or model is None:
         raise UserError(f"only MACE models export as .model files; this one is '{potential.architecture}'")
+    from hpcft.models.fused_convolution import fuse, separate
+
     buffer = io.BytesIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
+        separate(model)
+        stack.callback(fuse, model)
         torch.save(model, buffer)
     write_bytes(path, buffer.getvalue())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -12,16 +11,9 @@ import torch
 from torch import Tensor
 
 from hpcft.errors import UserError
+from hpcft.models.fused_convolution import fuse
 from hpcft.models.graph import Graph
-
-# What mace prints while it is imported (that cuequivariance is not installed) is no output of ours.
-with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-    # e3nn 0.4.4 loads its own constants without `weights_only` after mace has set
-    # TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD for the whole process; every load of ours names it.
-    warnings.simplefilter("ignore")
-    import mace.modules as mace_modules  # must come before e3nn, see the warning above
-    from e3nn import o3
-    from mace.tools.scripts_utils import extract_config_mace_model
+from hpcft.models.libraries import extract_config_mace_model, mace_modules, o3
 
 # TorchScript's profiling runs make the first calls of a process up to a second slow, and let the order of
 # fusion decisions depend on them.
@@ -47,6 +39,7 @@ class MacePotential(torch.nn.Module):
                 "foundation models. Convert it, or implement hpcft.models.protocol.Potential for it."
             )
         self.model = model
+        fuse(model)
         heads = list(getattr(model, "heads", None) or ["Default"])
         if head is not None and head not in heads:
             raise UserError(f"the model has no head '{head}'; its heads are {', '.join(heads)}")
