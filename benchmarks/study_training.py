@@ -60,7 +60,7 @@ class Sizes:
     steps: int = STEPS
     step_size_factor: float = 1.0
     learning_rate: float = 1e-2
-    bptt_weight: float = 0.2
+    bptt_weight: float = 1.0
     bptt_every: int = 4
     replay_batch: int = 2
     replay_weight: float = 1.0
@@ -175,8 +175,8 @@ def map_of(system: System, sizes: Sizes) -> RelaxationMap:
 def settings_of(method: str, system: System, sizes: Sizes, seed: int) -> TrainingSettings:
     """How each method trains; `combined` is the default that the study recommends.
 
-    There BPTT comes after a part of the force training, when relaxations already end nearer to the target, and counts 0.2
-    per amu^1/2 Å beside (eV/Å)^2: with 0.02 it hardly showed, and alone it ruins energies and all that is out of the domain.
+    There BPTT comes after a part of the force training, when relaxations already end nearer to the target, and counts 1 per
+    amu^1/2 Å beside (eV/Å)^2: with 0.02 it hardly showed, and alone it ruins energies and all that is out of the domain.
     """
     unrolling = Unrolling(map_of(system, sizes), stop=Stop(fmax=0.02), last=LAST, with_cell=system.with_cell)
     if method == "bptt":
