@@ -54,11 +54,19 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a new file, and only then delete old ones: the newest two of whole epochs stay, and two since then."""
+    """Write a new file, and only then delete old ones: the newest two of whole epochs stay, and two since then.
+
+    Old ones that a killed writer has left go first, or a series of kills would fill the disk.
+    """
+    _delete_old(folder)
     buffer = io.BytesIO()
     torch.save(vars(checkpoint), buffer)
     within = f"-{checkpoint.step:06d}" if checkpoint.step else ""
     write_bytes(folder / f"checkpoint-{checkpoint.epoch:06d}{within}.pt", buffer.getvalue())
+    _delete_old(folder)
+
+
+def _delete_old(folder: Path) -> None:
     found = _existing(folder)
     whole = [position for position in found if not position[1]]
     since = [position for position in found if position[1] and position > max(whole, default=(0, 0))]

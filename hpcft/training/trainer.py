@@ -107,7 +107,7 @@ class Trainer:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be continued; not the number of ranks, nor how memory is used."""
+        """What must be the same for a checkpoint to be continued; not the number of ranks or epochs, nor how memory is used."""
         parameters = as_module(self.potential).state_dict()
         shapes = [f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in parameters.items()]
         sets = (self.data.labels, self.data.replay, self.data.validation)
@@ -115,7 +115,6 @@ class Trainer:
             "model": f"{self.potential.architecture} {hashlib.sha256(' '.join(shapes).encode()).hexdigest()[:16]}",
             "structures": [None if data is None else len(data) for data in sets],
             "relaxations": len(self.data.relaxations),
-            "epochs": self.settings.epochs,
             "steps_per_epoch": self.steps_per_epoch,
             "batch_size": self.settings.batch_size,
             "learning_rate": self.settings.learning_rate,

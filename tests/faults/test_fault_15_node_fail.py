@@ -41,7 +41,8 @@ def test_a_dead_node_s_job_that_is_not_requeued_is_submitted_again_but_not_to_th
     slurm_cluster: Any, disturb: Callable[..., Disturbed], undisturbed: dict[str, Path]
 ) -> None:
     """Guards scheduler._CAUSES' NODE_FAIL, policy.INTERRUPTIONS, and the nodes that policy.next_attempt excludes."""
-    case = disturb("probe")
+    # Four nodes: of a partition of two, half would be too many to keep away from.
+    case = disturb("probe", partition="preempt")
     with case.managed():
         case.until_stopped_in_md()
         before, node = case.segments(), case.mark(1)["node"]
