@@ -77,6 +77,12 @@ def train(
     seed: Annotated[int | None, typer.Option(min=0, show_default=False)] = None,
     precision: Annotated[Precision | None, typer.Option(show_default=False)] = None,
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
+    tensorboard: Annotated[
+        bool,
+        typer.Option(
+            "--tensorboard", help="Write events to OUTPUT/tensorboard too (pip install tensorboard)."
+        ),
+    ] = False,
     energy_key: Annotated[str, typer.Option(help="Name of the energy in extxyz.")] = "REF_energy",
     forces_key: Annotated[str, typer.Option(help="Name of the forces in extxyz.")] = "REF_forces",
     stress_key: Annotated[str, typer.Option(help="Name of the stress in extxyz.")] = "REF_stress",
@@ -106,7 +112,7 @@ def train(
     _use_threads(rank)
     keys = {"energy_key": energy_key, "forces_key": forces_key, "stress_key": stress_key}
     request = Request(model_file, data, valid, output, settings, device.value, keys)
-    _run(request, rank)
+    _run(request, rank, tensorboard)
 
 
 def _settings(config: Path | None, options: Mapping[str, Any]) -> TrainingRun:
@@ -131,15 +137,20 @@ def _use_threads(rank: Rank) -> None:
     torch.set_num_threads(int(told) if told and told.isdigit() else max(1, cores))
 
 
-def _run(request: Request, rank: Rank) -> None:
+def _run(request: Request, rank: Rank, tensorboard: bool) -> None:
     from rich.console import Console
 
-    from hpcft.report.training_line import ProgressLine
+    from hpcft.report.training_line import ProgressLine, tensorboard_writer
     from hpcft.training.fine_tune import fine_tune
 
     if not rank.is_first:
         fine_tune(request, rank)
         return
+    write = tensorboard_writer(request.folder / "tensorboard") if tensorboard else None
+    if tensorboard and write is None:
+        raise UserError(
+            "tensorboard is not installed here: pip install tensorboard, or leave --tensorboard out"
+        )
     console = Console(highlight=False)
     console.width = console.width if console.is_terminal else 140
     with ProgressLine(request.train.epochs, console) as line:
@@ -150,7 +161,12 @@ def _run(request: Request, rank: Rank) -> None:
             for what in sets.dropped:
                 line.say(f"left out: {what}")
 
-        outcome = fine_tune(request, rank, line.show, on_start)
+        def on_row(row: Mapping[str, Any]) -> None:
+            line.show(row)
+            if write is not None:
+                write(row)
+
+        outcome = fine_tune(request, rank, on_row, on_start)
     _show(console, outcome)
 
 

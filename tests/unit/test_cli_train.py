@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -170,6 +171,8 @@ def test_bad_input_is_refused_before_anything_is_trained(folder: Path) -> None:
         (("--data", "a.extxyz", *rest, "--learning-rate", "-1"), "learning_rate"),
         (("--data", "a.extxyz", "--valid", "valid.extxyz", "-o", "a.extxyz"), "is a file"),
     ]
+    if importlib.util.find_spec("tensorboard") is None:
+        cases.append((("--data", "a.extxyz", *rest, "--tensorboard"), "tensorboard is not installed"))
     for options, message in cases:
         done = train(folder, "--model", "morse.pt", *options)
         assert done.returncode == 2, (options, done.stdout, done.stderr)
