@@ -36,6 +36,7 @@ def test_the_study_writes_a_row_for_every_method_and_resumes_where_it_was_stoppe
         num_test=2,
         force_steps=2,
         force_steps_first=0,
+        force_steps_long=3,
         bptt_steps=1,
         steps=2,
     )
@@ -51,8 +52,8 @@ def test_the_study_writes_a_row_for_every_method_and_resumes_where_it_was_stoppe
         lambda problem, method, sizes: trained.append(method) or fine_tuned(problem, method, sizes),
     )
     rows = study.study(study.parse(arguments), tiny)
-    assert trained == ["bptt", "combined"]
-    assert [row["method"] for row in rows] == ["none", "forces", "bptt", "combined"]
+    assert trained == ["forces-long", "bptt", "combined"]
+    assert [row["method"] for row in rows] == ["none", "forces", "forces-long", "bptt", "combined"]
     assert all(row.keys() >= KEYS for row in rows)
     assert len({row["num_labels"] for row in rows[1:]}) == 1
     assert rows[0]["delta_q_converged"] == rows[0]["delta_q_converged_before"]
