@@ -32,11 +32,10 @@ def pretrain(
     from hpcft.config.pretrain import load_recipe
 
     recipe = load_recipe(recipe_file)
-    import numpy as np
     import torch
 
     from hpcft.models.files import save_model
-    from hpcft.storage.structures import write_extxyz
+    from hpcft.storage.structures import evenly_spread, write_extxyz
     from hpcft.training.pretrain import pretrain as make
 
     target = output or recipe_file.with_name(f"{recipe.name}.pt")
@@ -47,12 +46,7 @@ def pretrain(
     made = make(recipe, typer.echo)
     sha256 = save_model(target, made.potential, {"recipe": recipe.name, **made.validation})
     if replay:
-        keep = (
-            np.linspace(0, len(made.training_set) - 1, min(replay, len(made.training_set)))
-            .round()
-            .astype(int)
-        )
-        chosen = [made.training_set[int(i)] for i in np.unique(keep)]
+        chosen = [made.training_set[i] for i in evenly_spread(len(made.training_set), replay)]
         write_extxyz(target.with_name(f"{target.stem}-replay.extxyz"), chosen)
     typer.echo(
         "on crystals it has not seen: " + ", ".join(f"{k} {v:.3g}" for k, v in made.validation.items())

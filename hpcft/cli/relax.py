@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -91,13 +91,7 @@ def relax(
         if not (value > 0 and math.isfinite(value)):
             raise UserError(f"{name} is {value}; it must be positive")
     target = output or structures_file.with_name(f"{structures_file.stem}-relaxed.extxyz")
-    if target.suffix not in (".extxyz", ".xyz"):
-        raise UserError(f"{target.name}: only extended XYZ is written; name it {target.stem}.extxyz")
-    for path in (target, table_file):
-        if path is not None:
-            _check_writable(path, force, structures_file, model_file)
-    if table_file is not None and table_file.resolve() == target.resolve():
-        raise UserError(f"{target} cannot hold both the structures and the table; give two names")
+    _check_targets(target, table_file, force, structures_file, model_file)
 
     from ase.units import GPa
     from rich.console import Console
@@ -120,8 +114,26 @@ def relax(
     }
     results: dict[int, Relaxed] = {}
     ended = _relax_all(potential, structures, console, options, _Keeper(target, results))
-    if not results:
+    _tell(console, structures, results, target, table_file, with_cell)
+    if not ended:
         raise typer.Exit(130)
+    if not all(result.converged for result in results.values()):
+        raise typer.Exit(1)
+
+
+def _tell(
+    console: Console,
+    structures: Sequence[Atoms],
+    results: Mapping[int, Relaxed],
+    target: Path,
+    table_file: Path | None,
+    with_cell: bool,
+) -> None:
+    """The tables, and how many have converged; of an interrupted run, what is missing."""
+    left = len(structures) - len(results)
+    if not results:
+        console.print("interrupted before any structure had ended: nothing was written")
+        return
     rows = [_row(number, structures[number], result, with_cell) for number, result in sorted(results.items())]
     if table_file is not None:
         _write_csv(table_file, rows)
@@ -131,14 +143,20 @@ def relax(
     console.print(
         f"{num_converged} of {len(structures)} converged, {num_steps} steps in all: {target}", soft_wrap=True
     )
-    if not ended:
-        left = len(structures) - len(results)
+    if left:
         console.print(
             f"interrupted: {left} had not ended and are not in the file; input_index says which are"
         )
-        raise typer.Exit(130)
-    if num_converged < len(structures):
-        raise typer.Exit(1)
+
+
+def _check_targets(target: Path, table_file: Path | None, force: bool, *inputs: Path) -> None:
+    if target.suffix not in (".extxyz", ".xyz"):
+        raise UserError(f"{target.name}: only extended XYZ is written; name it {target.stem}.extxyz")
+    for path in (target, table_file):
+        if path is not None:
+            _check_writable(path, force, *inputs)
+    if table_file is not None and table_file.resolve() == target.resolve():
+        raise UserError(f"{target} cannot hold both the structures and the table; give two names")
 
 
 def _check_writable(path: Path, force: bool, *inputs: Path) -> None:
@@ -256,8 +274,8 @@ def _relax_all(
             ) from error
         finally:
             signal.signal(signal.SIGTERM, polite_end)
-    if keeper.results:
-        keeper.save()
+            if keeper.results:
+                keeper.save()
     return ended
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -143,6 +144,9 @@ def _run(request: Request, rank: Rank, tensorboard: bool) -> None:
     from hpcft.report.training_line import ProgressLine, tensorboard_writer
     from hpcft.training.fine_tune import fine_tune
 
+    announced: list[int] = []
+    # Slurm's announcement of the end (--signal=USR2@120) would otherwise be the end.
+    signal.signal(signal.SIGUSR2, lambda number, _: announced.append(number))
     if not rank.is_first:
         fine_tune(request, rank)
         return
@@ -166,7 +170,7 @@ def _run(request: Request, rank: Rank, tensorboard: bool) -> None:
             if write is not None:
                 write(row)
 
-        outcome = fine_tune(request, rank, on_row, on_start)
+        outcome = fine_tune(request, rank, on_row, on_start, lambda: bool(announced and announced.pop()))
     _show(console, outcome)
 
 

@@ -12,7 +12,7 @@ from ase.data import atomic_numbers
 from hpcft.config.training import RelaxationTraining
 from hpcft.stages.context import StageContext
 from hpcft.storage.atomic import read_json
-from hpcft.storage.structures import count_structures, read_structures
+from hpcft.storage.structures import count_structures, evenly_spread, read_structures
 from hpcft.storage.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -61,9 +61,7 @@ def replay_structures(
     file = context.folder.inputs / "replay.h5"
     if most is None:
         return shifted(read_structures(file), shifts)
-    count = count_structures(file)
-    chosen = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
-    return shifted(read_structures(file, [int(i) for i in chosen]), shifts)
+    return shifted(read_structures(file, evenly_spread(count_structures(file), most)), shifts)
 
 
 def every(count: int, first: int, step: int) -> dict[str, int]:

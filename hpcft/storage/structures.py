@@ -38,6 +38,7 @@ from hpcft.storage.tree import (
 __all__ = [
     "StructureFile",
     "count_structures",
+    "evenly_spread",
     "read_any",
     "read_provenance",
     "read_structures",
@@ -153,6 +154,11 @@ class StructureFile:
             for key, indices in self._missing.items()
         }
         return _read_span(datasets, self._offsets, missing, range(start, stop))
+
+
+def evenly_spread(count: int, most: int) -> list[int]:
+    """At most so many of the numbers 0 to count - 1, the first and the last among them."""
+    return [int(i) for i in np.unique(np.linspace(0, count - 1, min(count, most)).round())]
 
 
 def count_structures(path: Path) -> int:

@@ -24,6 +24,7 @@ from hpcft.errors import UserError
 from hpcft.models.files import export_mace, load_model, save_model, sha256_of
 from hpcft.models.protocol import Potential, device_of, dtype_of, evaluate
 from hpcft.storage.atomic import write_json, write_text
+from hpcft.storage.structures import evenly_spread
 from hpcft.training.data import LabelledSet
 from hpcft.training.distributed import choose_device, process_group
 from hpcft.training.energy_zero import fitted_shifts, shifted, shifts_to
@@ -121,10 +122,12 @@ def fine_tune(
     rank: Rank | None = None,
     on_row: Callable[[Mapping[str, Any]], None] | None = None,
     on_start: Callable[[Sets, Trainer], None] | None = None,
+    save_now: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train, from the checkpoints in the folder if there are any, and write what the folder holds in the end.
 
-    All ranks call it together. UserError for bad input and for a folder that holds another training.
+    All ranks call it together. A checkpoint is written whenever `save_now`, asked after each step, says so. UserError for bad
+    input and for a folder that holds another training.
     """
     rank, folder = rank or Rank(), request.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,13 +140,22 @@ def fine_tune(
         data = _training_data(potential, sets, shifts)
         shown = {name: _some(of, MOST_SHOWN) for name, of in _labelled_sets(data).items()}
         potential.shift_energies(shifts)
-        before = {name: errors_of(potential, of, rank) for name, of in shown.items()}
-        trainer = Trainer(potential, data, settings_of(request.train, seed=(request.train.seed,)), rank)
+        settings = settings_of(request.train, seed=(request.train.seed,))
+        weights = settings.weights.at(settings.epochs)
+
+        def errors() -> dict[str, dict[str, float]]:
+            return {
+                name: errors_of(potential, of, rank, weights=weights, huber=settings.huber)
+                for name, of in shown.items()
+            }
+
+        before = errors()
+        trainer = Trainer(potential, data, settings, rank)
         if on_start is not None:
             on_start(sets, trainer)
         log = _log(folder, trainer, rank, on_row)
-        history = trainer.run(folder, log, log)
-        after = {name: errors_of(potential, of, rank) for name, of in shown.items()}
+        history = trainer.run(folder, log, log, save_now)
+        after = errors()
     best = int(trainer.best.get("epoch", len(history)))
     model, exported = folder / "model.pt", None
     if rank.is_first:
@@ -175,9 +187,10 @@ def _claim(request: Request, rank: Rank) -> None:
                 f"{request.folder} holds another training (its {' and '.join(different)} differ; see {path.name}); choose "
                 "another folder, or start the training that it holds"
             )
+    elif any(request.folder.glob("checkpoint-*.pt")) or (request.folder / "model.pt").exists():
+        # Every rank says so: one that went on would wait for the others until its patience ends.
+        raise UserError(f"{request.folder} holds files of another training; choose another folder")
     elif rank.is_first:
-        if any(request.folder.glob("checkpoint-*.pt")) or (request.folder / "model.pt").exists():
-            raise UserError(f"{request.folder} holds files of another training; choose another folder")
         write_json(path, ours)
 
 
@@ -193,7 +206,7 @@ def _shifts(train: TrainingRun, potential: Potential, source: LabelledSource) ->
     if train.energy_zero == "keep":
         return {}
     if train.energy_zero == "fit":
-        return fitted_shifts(potential, [source[i] for i in _evenly(len(source), _MOST_FITTED)])
+        return fitted_shifts(potential, [source[i] for i in evenly_spread(len(source), _MOST_FITTED)])
     return shifts_to(potential, dict(train.energy_zero))
 
 
@@ -203,7 +216,9 @@ def _training_data(potential: Potential, sets: Sets, shifts: Mapping[int, float]
         return LabelledSet(source, potential.cutoff, dtype, name, num_atoms=source.num_atoms_each)
 
     replay = None
-    if sets.replay is not None:  # its energies have the foundation's zero
+    if sets.replay is not None and not shifts:
+        replay = labelled(sets.replay, "replay")
+    elif sets.replay is not None:  # its energies have the foundation's zero
         replay = LabelledSet(shifted(sets.replay, shifts), potential.cutoff, dtype_of(potential), "replay")
     return TrainingData(labelled(sets.train, "the data"), replay, (), labelled(sets.validation, "validation"))
 
@@ -216,11 +231,7 @@ def _labelled_sets(data: TrainingData) -> dict[str, LabelledSet]:
 def _some(data: LabelledSet, most: int) -> LabelledSet:
     if len(data) <= most:
         return data
-    return data.subset(_evenly(len(data), most))
-
-
-def _evenly(count: int, most: int) -> list[int]:
-    return [int(i) for i in np.unique(np.linspace(0, count - 1, min(count, most)).round())]
+    return data.subset(evenly_spread(len(data), most))
 
 
 def _log(

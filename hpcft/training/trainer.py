@@ -85,7 +85,7 @@ class Trainer:
         self._refuse_what_cannot_be_learned()
 
     def _refuse_what_cannot_be_learned(self) -> None:
-        if self.settings.batch_size > 0 and len(self.data.labels) == 0:
+        if len(self.data.labels) == 0:
             raise UserError("there are no labels to train on")
         if self.settings.patience is not None and self.data.validation is None:
             raise UserError(
