@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hpcft.config.training import TrainingRun
     from hpcft.training.fine_tune import Outcome, Request, Sets
     from hpcft.training.rank import Rank
+    from hpcft.training.trainer import Trainer
 
 Paths = list[Path]
 
@@ -159,9 +160,11 @@ def _run(request: Request, rank: Rank, tensorboard: bool) -> None:
     console.width = console.width if console.is_terminal else 140
     with ProgressLine(request.train.epochs, console) as line:
 
-        def on_start(sets: Sets, trainer: Any) -> None:
+        def on_start(sets: Sets, trainer: Trainer) -> None:
             sizes = ", ".join(f"{len(of)} {name}" for name, of in sets.by_name.items())
             line.say(f"{sizes}; {trainer.steps_per_epoch} steps an epoch, {rank.world_size} ranks")
+            for option, error in trainer.scaffold.checked.items():
+                line.say(f"{option}: forces within {error:.1e} of the plain model's")
             for what in sets.dropped:
                 line.say(f"left out: {what}")
 

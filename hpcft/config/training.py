@@ -55,6 +55,8 @@ class Replay(Section):
     """Replay structures that join each global batch."""
     weight: Scheduled = 1.0
     """Weight of the replay loss beside that of the labels; a number, or [[epoch, weight], ...]."""
+    head: str = "shared"
+    """Readouts that learn them: shared with the labels; own: a second head, dropped in the end; or a head's name in the model."""
 
 
 class RelaxationTraining(Section):
@@ -109,7 +111,7 @@ class Optimisation(Section):
     batch_size: Count = 4
     """Labelled structures in the global batch, over all ranks."""
     learning_rate: Positive = 1e-3
-    """Learning rate at the start."""
+    """Learning rate after the warm-up of a twentieth of the steps."""
     weights: Weights = Weights()
     """Weights of the terms of the loss."""
 
@@ -160,10 +162,16 @@ class Validation(Section):
 class Train(Optimisation):
     """Fine-tuning of the model on all labels so far."""
 
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """How the learning rate goes on after the warm-up: a cosine down to a hundredth of it, or constant."""
     steps_per_epoch: Count | None = None
     """Optimiser steps in an epoch; left out: one pass over the labels."""
     precision: Literal["float32", "float64"] = "float32"
     """Floating-point type of the training and of the model file; MD and relaxations run in float32."""
+    acceleration: Literal["none", "cuequivariance", "auto"] = "none"
+    """Kernels of NVIDIA's cuEquivariance, checked against the model first; auto: where there is a GPU and the package."""
+    tf32: bool = False
+    """Whether float32 matrix products on an NVIDIA GPU may be rounded to TF32; refused if the forces change by over 1 %."""
     replay: Replay | None = None
     """Structures mixed in against forgetting; left out: none."""
     relaxation: RelaxationTraining | None = None
@@ -190,6 +198,13 @@ class Train(Optimisation):
     """Norm to which the gradient is clipped; null: not clipped."""
     resources: Resources = Resources()
     """What the task asks of the machine."""
+
+    def _problems(self) -> Iterator[tuple[KeyPath, str]]:
+        yield from super()._problems()
+        if self.acceleration == "cuequivariance" and self.lora is not None:
+            yield ("acceleration",), "lora is for mace's own layers; leave one of the two out"
+        if self.tf32 and self.precision != "float32":
+            yield ("tf32",), f"is a way to compute in float32, and precision is {self.precision}; choose one"
 
 
 class TrainingRun(Train):

@@ -40,10 +40,7 @@ class MacePotential(torch.nn.Module):
             )
         self.model = model
         fuse(model)
-        heads = list(getattr(model, "heads", None) or ["Default"])
-        if head is not None and head not in heads:
-            raise UserError(f"the model has no head '{head}'; its heads are {', '.join(heads)}")
-        self.head = heads.index(head) if head is not None else len(heads) - 1
+        self.head = head_index(model, head)
         numbers = [int(z) for z in cast(Tensor, model.atomic_numbers)]
         index = torch.full((max(numbers) + 1,), -1, dtype=torch.int64)
         index[torch.tensor(numbers)] = torch.arange(len(numbers))
@@ -127,8 +124,16 @@ class MacePotential(torch.nn.Module):
         return config
 
 
+def head_index(model: torch.nn.Module, name: str | None = None) -> int:
+    """Where a head stands among those of a MACE; of no name, the last. UserError for one that it does not have."""
+    heads: list[str] = list(cast(Any, model).heads) if getattr(model, "heads", None) else ["Default"]
+    if name is not None and name not in heads:
+        raise UserError(f"the model has no head '{name}'; its heads are {', '.join(heads)}")
+    return heads.index(name) if name is not None else len(heads) - 1
+
+
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -148,7 +153,7 @@ def build_mace(configuration: Mapping[str, Any], dtype: torch.dtype = torch.floa
     config["gate"] = (
         None if config["gate"] is None else getattr(torch.nn.functional, config["gate"], torch.abs)
     )
-    with _default_dtype(dtype), warnings.catch_warnings():
+    with default_dtype(dtype), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript on e3nn's annotations, dozens of times
         for key in ("atomic_inter_scale", "atomic_inter_shift"):
             config[key] = torch.tensor(config[key], dtype=dtype).numpy()

@@ -45,6 +45,8 @@ class Checkpoint:
     """`epoch`, validation `loss` and `model` of the best epoch; empty without validation."""
     speed: list[dict[str, float]] = field(default_factory=list)
     """Time and memory of each epoch: beside the history, which is the same for every run."""
+    scaffold: dict[str, Any] = field(default_factory=dict)
+    """Weights beside the model's own: the second head for replay data."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What makes two trainings the same."""
 

@@ -18,9 +18,12 @@ def settings_of(
         batch_size=train.batch_size,
         steps_per_epoch=train.steps_per_epoch,
         learning_rate=train.learning_rate,
+        schedule=train.schedule,
         weights=Weights(*(scheduled(weight) for weight in (weights.energy, weights.forces, weights.stress))),
         huber=None if huber is None else Huber(huber.energy, huber.forces, huber.stress),
-        replay=None if replay is None else ReplaySettings(replay.batch_size, scheduled(replay.weight)),
+        replay=None
+        if replay is None
+        else ReplaySettings(replay.batch_size, scheduled(replay.weight), replay.head),
         relaxation=relaxation,
         rates=train.rates,
         lora=None if lora is None else Lora(lora.rank, lora.alpha),
@@ -30,5 +33,7 @@ def settings_of(
         gradient_clip=train.gradient_clip,
         checkpoint_every_epochs=train.checkpoint_every_epochs,
         checkpoint_every_s=60 * train.checkpoint_every_min,
+        acceleration=train.acceleration,
+        tf32=train.tf32,
         seed=seed,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -116,7 +117,10 @@ class RelaxationTerm:
 
 
 class Objective(torch.nn.Module):
-    """forward(terms) -> loss and its parts, each already scaled so that the mean over ranks is the global value."""
+    """forward(terms) -> loss and its parts, each already scaled so that the mean over ranks is the global value.
+
+    `replay`: the potential on the head that replay data are compared with, if that is another.
+    """
 
     def __init__(
         self,
@@ -125,10 +129,12 @@ class Objective(torch.nn.Module):
         world_size: int = 1,
         step_size: StepSize | None = None,
         huber: Huber | None = None,
+        replay: Potential | None = None,
     ) -> None:
         super().__init__()
         self.potential = as_module(potential)
         self._potential = potential
+        self.replay = as_module(replay or potential)  # the parameters that it shares are counted once
         self.step_size = step_size  # as a part of this module, so that DDP knows its parameters
         self.weights = weights
         self.world_size = world_size
@@ -165,9 +171,8 @@ class Objective(torch.nn.Module):
             nothing = torch.zeros((), dtype=dtype_of(self._potential), device=device_of(self._potential))
             return {"energy": nothing, "forces": nothing, "stress": nothing}
         graph, labels = term.batch.graph, term.batch.labels
-        result = evaluate(
-            self._potential, graph, stress=value_at(self.weights.stress, 0) > 0, create_graph=True
-        )
+        potential = cast(Potential, self.replay) if term.name == "replay" else self._potential
+        result = evaluate(potential, graph, stress=value_at(self.weights.stress, 0) > 0, create_graph=True)
         sums = summed_errors(result, graph, labels, self.huber)
         scale, counts = float(self.world_size), term.counts
         return {

@@ -49,14 +49,16 @@ def parameter_groups(module: torch.nn.Module, rates: Mapping[str, float]) -> lis
 
 def _plain(name: str) -> str:
     """As the architecture calls it, without the names of what is around it."""
-    return name.removeprefix("potential.").removeprefix("model.")
+    return name.removeprefix("potential.").removeprefix("replay.").removeprefix("model.")
 
 
-def learning_rate(full: float, step: int, total: int) -> float:
-    """Cosine from the full rate to a hundredth of it, after a warm-up of one twentieth of the run."""
+def learning_rate(full: float, step: int, total: int, schedule: str = "cosine") -> float:
+    """After a warm-up of one twentieth of the run: a cosine from the full rate to a hundredth of it, or constant."""
     warm = max(1, total // _WARM_UP)
     if step < warm:
         return full * (step + 1) / warm
+    if schedule == "constant":
+        return full
     progress = (step - warm) / max(1, total - warm)
     return full * (_LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))
 

@@ -17,6 +17,8 @@ class ReplaySettings:
 
     batch_size: int = 2
     weight: Scheduled = 1.0
+    head: str = "shared"
+    """`shared` with the labels; `own`: readouts that start equal and are dropped in the end; or a head that the model has."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,9 @@ class Lora:
 class TrainingSettings:
     """`batch_size` counts structures over all ranks.
 
-    `huber` makes the loss linear beyond its deltas (left out: squared errors). `rates` are factors of the learning rate by
-    pattern of parameter names (fnmatch, the first that matches counts); 0 freezes. `lora`: only small matrices beside the
-    weights are learned. `ema`: decay per step of the
+    `schedule` of the learning rate: cosine or constant, both after a warm-up. `huber` makes the loss linear beyond its deltas
+    (left out: squared errors). `rates` are factors of the learning rate by pattern of parameter names (fnmatch, the first that
+    matches counts); 0 freezes. `lora`: only small matrices beside the weights are learned. `ema`: decay per step of the
     exponential moving average of the weights, which is then what is validated and returned. `patience`: epochs without a
     better validation loss after which the training ends. `max_edges`: a rank's share of a batch is computed in pieces of at
     most so many edges, whose gradients add up: memory is bounded, the mathematics is the same.
@@ -57,6 +59,7 @@ class TrainingSettings:
     batch_size: int = 4
     steps_per_epoch: int | None = None
     learning_rate: float = 1e-3
+    schedule: str = "cosine"
     weights: Weights = field(default_factory=Weights)
     huber: Huber | None = None
     replay: ReplaySettings | None = None
@@ -69,6 +72,9 @@ class TrainingSettings:
     gradient_clip: float | None = 10.0
     checkpoint_every_epochs: int = 1
     checkpoint_every_s: float = 600.0
+    acceleration: str = "none"
+    """none, cuequivariance, or auto: where there is a GPU and the package."""
+    tf32: bool = False
     prefetch: bool | None = None
     """Whether the next batch is made while this one is computed; None: where there is a GPU."""
     seed: tuple[int, ...] = (0,)

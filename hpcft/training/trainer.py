@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpcft.errors import UserError
 from hpcft.models.graph import build_graph
-from hpcft.models.lora import add_lora, merge_lora
 from hpcft.models.protocol import Potential, as_module, device_of, dtype_of
 from hpcft.relaxation import check_pair, require_twice_differentiable
 from hpcft.training.batches import Batches, Piece
@@ -30,6 +29,7 @@ from hpcft.training.measure import errors_of
 from hpcft.training.optimiser import MovingAverage, learning_rate, parameter_groups
 from hpcft.training.rank import Rank
 from hpcft.training.sanity import ABSURD_FORCE, NotFinite, what_to_do
+from hpcft.training.scaffold import Scaffold
 from hpcft.training.settings import BpttSettings, Lora, ReplaySettings, TrainingData, TrainingSettings
 
 __all__ = [
@@ -63,10 +63,15 @@ class Trainer:
         self.step_size = None if settings.relaxation is None else settings.relaxation.unrolling.step_size
         if self.step_size is not None:
             self.step_size.to(self.device, dtype_of(potential))
-        if settings.lora is not None:
-            add_lora(potential, settings.lora.rank, settings.lora.alpha, seed=sum(settings.seed))
+        self._refuse_what_cannot_be_learned()
+        self.scaffold = Scaffold(potential, settings, data.labels.batch([0], self.device).graph)
         self.objective = Objective(
-            potential, settings.weights, self.rank.world_size, self.step_size, settings.huber
+            potential,
+            settings.weights,
+            self.rank.world_size,
+            self.step_size,
+            settings.huber,
+            replay=self.scaffold.replay,
         )
         groups = parameter_groups(self.objective, settings.rates)
         self.wrapped: torch.nn.Module = self.objective
@@ -82,7 +87,6 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.batches = Batches(data, settings, self.rank, self.device)
         self._sums: dict[str, list[Tensor]] = {}
-        self._refuse_what_cannot_be_learned()
 
     def _refuse_what_cannot_be_learned(self) -> None:
         if len(self.data.labels) == 0:
@@ -118,8 +122,11 @@ class Trainer:
             "steps_per_epoch": self.steps_per_epoch,
             "batch_size": self.settings.batch_size,
             "learning_rate": self.settings.learning_rate,
+            "schedule": self.settings.schedule,
             "rates": dict(self.settings.rates),
             "lora": None if self.settings.lora is None else self.settings.lora.rank,
+            "acceleration": self.scaffold.acceleration,
+            "replay head": None if self.settings.replay is None else self.settings.replay.head,
             "ema": self.settings.ema,
             "seed": list(self.settings.seed),
         }
@@ -187,8 +194,7 @@ class Trainer:
             as_module(self.potential).load_state_dict(self.best["model"])
         elif self.average is not None:
             self.average.copy_to_weights()
-        if self.settings.lora is not None:
-            merge_lora(self.potential)
+        self.scaffold.take_down()
 
     def log(self) -> list[dict[str, Any]]:
         """The history with times, and each setback after the epoch to which it went back."""
@@ -256,6 +262,7 @@ class Trainer:
         as_module(self.potential).load_state_dict(checkpoint.model)
         if self.step_size is not None:
             self.step_size.load_state_dict(checkpoint.step_size)
+        self.scaffold.load_state_dict(checkpoint.scaffold)
         if self.average is not None:
             self.average.load_state_dict(checkpoint.average)
         self.optimiser.load_state_dict(copy.deepcopy(checkpoint.optimiser))  # it keeps what it is given
@@ -277,6 +284,7 @@ class Trainer:
             {} if self.average is None else self.average.state_dict(),
             dict(self.best),
             list(self.speed),
+            self.scaffold.state_dict(),
             self.identity,
         )
 
@@ -330,7 +338,8 @@ class Trainer:
 
     def _step(self, step: int, pieces: list[Piece]) -> dict[str, Tensor]:
         settings, factor = self.settings, self._rate_factor(len(self.setbacks))
-        rate = learning_rate(settings.learning_rate, step, settings.epochs * self.steps_per_epoch) * factor
+        total = settings.epochs * self.steps_per_epoch
+        rate = learning_rate(settings.learning_rate, step, total, settings.schedule) * factor
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["rate"]
         self.objective.weights = settings.weights.at(step / self.steps_per_epoch)
