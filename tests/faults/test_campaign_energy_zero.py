@@ -64,6 +64,7 @@ def test_it_is_refused_after_round_0_unless_the_zero_is_fitted(tmp_path: Path, c
     assert "train.energy_zero" in said
 
 
+@pytest.mark.nightly
 def test_a_fitted_zero_is_kept_through_all_rounds_and_replay_has_it_too(
     tmp_path: Path, calculators: None
 ) -> None:

@@ -16,68 +16,41 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ase import Atoms
-from ase.build import bulk
 from ase.io import write
+from train_command import OPTIONS, command, labelled, write_files
 
-from hpcft.models.files import load_model, save_model
-from hpcft.models.graph import build_graph
-from hpcft.models.morse import MorsePotential
-from hpcft.models.protocol import as_module, evaluate
-
-OPTIONS = (
-    "--model",
-    "morse.pt",
-    "--data",
-    "a.extxyz",
-    "--data",
-    "b.extxyz",
-    "--valid",
-    "valid.extxyz",
-    "-o",
-    "out",
-)
-
-
-def labelled(number: int, first: int) -> list[Atoms]:
-    teacher = MorsePotential([13, 29], cutoff=4.0, length=2.6).double()
-    found = []
-    for seed in range(first, first + number):
-        atoms = bulk("Cu", a=3.6, cubic=True)
-        atoms.numbers[seed % 4] = 13
-        atoms.rattle(0.15, seed=seed)
-        result = evaluate(teacher, build_graph([atoms], 4.0))
-        atoms.info["REF_energy"] = float(result.energies_b[0])
-        atoms.arrays["REF_forces"] = result.forces_n3.numpy()
-        found.append(atoms)
-    return found
+from hpcft.cli.main import main
+from hpcft.models.files import load_model
+from hpcft.models.protocol import as_module
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_model(tmp_path / "morse.pt", MorsePotential([13, 29], cutoff=4.0, length=2.8).double())
-    write(tmp_path / "a.extxyz", labelled(6, 0))
-    write(tmp_path / "b.extxyz", labelled(3, 6))
-    write(tmp_path / "valid.extxyz", labelled(4, 20))
-    (tmp_path / "train.yaml").write_text(
-        "learning_rate: 0.02\nprecision: float64\nweights: {energy: 1}\nema: 0.8\nbatch_size: 3\n"
-    )
+    write_files(tmp_path)
     return tmp_path
 
 
 def train(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    argv = [
-        *launcher,
-        sys.executable,
-        "-m",
-        "hpcft",
-        "train",
-        *(options or (*OPTIONS, "--config", "train.yaml", "--epochs", "6")),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        argv, cwd=folder, capture_output=True, text=True, check=False, env=environment, timeout=600
+        [*launcher, *command(*options)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=600,
     )
+
+
+def in_this_process(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *options: str
+) -> tuple[int, str]:
+    """Exit code and standard error, without the seconds that a new Python takes."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["hpcft", *command(*options)[3:]])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0), capsys.readouterr().err
 
 
 def history(folder: Path) -> list[dict[str, float]]:
@@ -183,17 +156,21 @@ def test_killed_it_goes_on_to_the_same_bits_and_a_signal_only_makes_it_save(fold
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
 
-def test_a_folder_of_another_training_is_refused_and_kept(folder: Path) -> None:
+def test_a_folder_of_another_training_is_refused_and_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train(folder, *OPTIONS, "--epochs", "1").returncode == 0
     before = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
     for other in (("--epochs", "2"), ("--epochs", "1", "--data", "valid.extxyz")):
-        done = train(folder, *OPTIONS, *other)
-        assert done.returncode == 2
-        assert "holds another training" in done.stderr
+        code, error = in_this_process(folder, monkeypatch, capsys, *OPTIONS, *other)
+        assert code == 2
+        assert "holds another training" in error
     assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == before
 
 
-def test_bad_input_is_refused_before_anything_is_trained(folder: Path) -> None:
+def test_bad_input_is_refused_before_anything_is_trained(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     xenon = labelled(2, 0)
     xenon[1].numbers[0] = 54
     write(folder / "xenon.extxyz", xenon)
@@ -219,10 +196,10 @@ def test_bad_input_is_refused_before_anything_is_trained(folder: Path) -> None:
     if importlib.util.find_spec("tensorboard") is None:
         cases.append((("--data", "a.extxyz", *rest, "--tensorboard"), "tensorboard is not installed"))
     for options, message in cases:
-        done = train(folder, "--model", "morse.pt", *options)
-        assert done.returncode == 2, (options, done.stdout, done.stderr)
-        assert message in done.stderr, (options, done.stderr)
-        assert "Traceback" not in done.stderr
+        code, error = in_this_process(folder, monkeypatch, capsys, "--model", "morse.pt", *options)
+        assert code == 2, (options, error)
+        assert message in error, (options, error)
+        assert "Traceback" not in error
         assert not (folder / "out" / "model.pt").exists()
 
 
