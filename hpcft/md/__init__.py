@@ -1,5 +1,17 @@
 """Batched molecular dynamics of many replicas in one graph on one device."""
 
-from hpcft.md.engine import Guards, LangevinSettings, Simulation, thermal_velocities
+from hpcft.md.replica import Replica, disturbed, thermal_velocities
+from hpcft.md.settings import Dynamics, Guards, Ramp
+from hpcft.md.simulation import AT_STOP, Observe, Simulation
 
-__all__ = ["Guards", "LangevinSettings", "Simulation", "thermal_velocities"]
+__all__ = [
+    "AT_STOP",
+    "Dynamics",
+    "Guards",
+    "Observe",
+    "Ramp",
+    "Replica",
+    "Simulation",
+    "disturbed",
+    "thermal_velocities",
+]

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcft import __version__
-from hpcft.md import Guards, LangevinSettings, Simulation
-from hpcft.md.engine import Observe, Replica
+from hpcft.md import Dynamics, Guards, Observe, Replica, Simulation
 from hpcft.models.allocator import keep_freed_memory
 from hpcft.models.files import sha256_of
 from hpcft.models.protocol import Potential
@@ -42,16 +41,16 @@ def guards_of(context: StageContext, temperature_K: float) -> Guards:
     return Guards(max_temperature_K=limit, min_distance=explore.min_distance)
 
 
-def langevin_of(context: StageContext, temperature_K: float) -> LangevinSettings:
+def dynamics_of(context: StageContext, temperature_K: float) -> Dynamics:
     explore = context.campaign.explore
-    return LangevinSettings(temperature_K, explore.timestep, explore.friction_per_ps)
+    return Dynamics(temperature_K, explore.timestep, explore.friction_per_ps)
 
 
 def run_dynamics(
     task: TaskContext,
     potential: Potential,
     replicas: Sequence[Replica],
-    settings: LangevinSettings,
+    settings: Dynamics,
     run: Run,
     model: Path,
     observe: Observe | None = None,
@@ -64,9 +63,8 @@ def run_dynamics(
     keep_freed_memory()
     final = task.path / "trajectory.h5"
     if not final.exists():
-        simulation = Simulation(
-            potential, replicas, settings, guards_of(task.context, settings.temperature_K), observe
-        )
+        guards = guards_of(task.context, settings.temperature_at(0))
+        simulation = Simulation(potential, replicas, settings, guards, observe)
         _run_segments(task.path, simulation, run)
         task.ensure_owned()
         consolidate(list_segments(task.path), final, _provenance(task, model, settings))
@@ -90,7 +88,7 @@ def _run_segments(folder: Path, simulation: Simulation, run: Run) -> None:
             raise Superseded(f"segment {number} of {folder} was published by another attempt")
 
 
-def _provenance(task: TaskContext, model: Path, settings: LangevinSettings) -> dict[str, Any]:
+def _provenance(task: TaskContext, model: Path, settings: Dynamics) -> dict[str, Any]:
     context = task.context
     return {
         "campaign": context.campaign.name,

@@ -27,7 +27,7 @@ def run(task: TaskContext) -> dict[str, Any]:
 
     from hpcft.models.files import load_model
     from hpcft.models.protocol import as_module
-    from hpcft.stages.dynamics import Run, langevin_of, run_dynamics
+    from hpcft.stages.dynamics import Run, dynamics_of, run_dynamics
     from hpcft.training.distributed import choose_device
 
     context, explore = task.context, task.context.campaign.explore
@@ -40,7 +40,7 @@ def run(task: TaskContext) -> dict[str, Any]:
         task,
         potential,
         replicas,
-        langevin_of(context, explore.temperature_K),
+        dynamics_of(context, explore.temperature_K),
         Run(explore.steps, explore.frame_every, explore.segment_frames),
         model,
         _describe_with_foundation(context, device),
@@ -68,8 +68,7 @@ def _describe_with_foundation(context: StageContext, device: Any) -> Any:
 
 def _start(context: StageContext, indices: Sequence[int]) -> list[Any]:
     """Replicas where the round before left them; one that had exploded begins again from its start structure."""
-    from hpcft.md import thermal_velocities
-    from hpcft.md.engine import Replica
+    from hpcft.md import Replica, thermal_velocities
 
     explore = context.campaign.explore
     structures = read_structures(context.folder.inputs / "structures.h5", list(indices))

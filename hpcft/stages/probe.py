@@ -47,11 +47,10 @@ def _num_test_relaxations(context: StageContext) -> int:
 def run(task: TaskContext) -> dict[str, Any]:
     import torch
 
-    from hpcft.md import thermal_velocities
-    from hpcft.md.engine import Replica
+    from hpcft.md import Replica, thermal_velocities
     from hpcft.models.files import load_model
     from hpcft.models.protocol import as_module
-    from hpcft.stages.dynamics import langevin_of, run_dynamics
+    from hpcft.stages.dynamics import dynamics_of, run_dynamics
     from hpcft.training.distributed import choose_device
 
     context, probe = task.context, task.context.campaign.probe
@@ -66,7 +65,7 @@ def run(task: TaskContext) -> dict[str, Any]:
         random = np.random.default_rng(context.entropy("probe", context.round, index))
         replicas.append(Replica(index, atoms, thermal_velocities(atoms, temperature, random), random))
     summary = run_dynamics(
-        task, potential, replicas, langevin_of(context, temperature), _stretch(context), model
+        task, potential, replicas, dynamics_of(context, temperature), _stretch(context), model
     )
     if not (task.path / "frames.h5").exists():
         frames = _frames(task.path / "trajectory.h5", probe.frames, probe.discard)

@@ -12,8 +12,7 @@ from ase import Atoms, units
 from scipy import stats
 from torch import Tensor
 
-from hpcft.md import LangevinSettings, Simulation, thermal_velocities
-from hpcft.md.engine import Replica
+from hpcft.md import Dynamics, Replica, Simulation, thermal_velocities
 from hpcft.models.graph import Graph
 from hpcft.models.protocol import Potential
 
@@ -59,7 +58,7 @@ def grid(per_side: int) -> Atoms:
 def test_a_free_atom_flies_at_its_velocity_when_there_is_no_friction() -> None:
     atom = Atoms("Cu", positions=[[1.0, 2.0, 3.0]])
     replica = replica_of(atom, np.array([[0.01, -0.02, 0.005]]))
-    settings = LangevinSettings(temperature_K=300, timestep=0.5, friction_per_ps=0)
+    settings = Dynamics(temperature_K=300, timestep=0.5, friction_per_ps=0)
     Simulation(EinsteinCrystal(atom.positions, 0.0), [replica], settings).run(40, 40)
     np.testing.assert_allclose(replica.atoms.positions, [[1.2, 1.6, 3.1]], atol=1e-12)  # 20 fs
     assert (replica.step, replica.time_fs) == (40, 20.0)
@@ -68,7 +67,7 @@ def test_a_free_atom_flies_at_its_velocity_when_there_is_no_friction() -> None:
 def test_friction_slows_a_free_atom_at_the_rate_that_was_asked_for() -> None:
     atom = Atoms("Cu", positions=[[0.0, 0.0, 0.0]])
     replica = replica_of(atom, np.array([[0.01, 0.0, 0.0]]))
-    settings = LangevinSettings(temperature_K=0, timestep=2.0, friction_per_ps=10)
+    settings = Dynamics(temperature_K=0, timestep=2.0, friction_per_ps=10)
     Simulation(EinsteinCrystal(atom.positions, 0.0), [replica], settings).run(50, 50)
     np.testing.assert_allclose(replica.velocities, [[0.01 * np.exp(-1.0), 0, 0]], rtol=1e-12)  # 100 fs
 
@@ -79,7 +78,7 @@ def test_an_atom_on_a_spring_swings_at_its_frequency() -> None:
     omega = np.sqrt(STIFFNESS / atom.get_masses()[0]) * units.fs  # per fs
     quarter = 0.5 * np.pi / omega
     replica = replica_of(atom, np.zeros((1, 3)))
-    settings = LangevinSettings(temperature_K=0, timestep=quarter / 400, friction_per_ps=0)
+    settings = Dynamics(temperature_K=0, timestep=quarter / 400, friction_per_ps=0)
     Simulation(EinsteinCrystal(site), [replica], settings).run(400, 400)
     np.testing.assert_allclose(replica.atoms.positions, 0.0, atol=1e-6)
     np.testing.assert_allclose(replica.velocities[0, 0], -0.1 * omega, rtol=1e-5)
@@ -93,7 +92,7 @@ def test_without_friction_the_error_of_the_total_energy_is_of_second_order_in_th
 
     def fluctuation(timestep: float, num_steps: int) -> float:
         replica = replica_of(start.copy(), velocities)
-        settings = LangevinSettings(800, timestep, friction_per_ps=0)
+        settings = Dynamics(800, timestep, friction_per_ps=0)
         (block,) = Simulation(potential, [replica], settings).run(num_steps, 1)
         speed_n = (block.velocities / units.fs) ** 2
         kinetic = 0.5 * (block.masses[:, None] * speed_n).sum(axis=(1, 2))
@@ -108,7 +107,7 @@ def test_langevin_dynamics_samples_the_canonical_distribution_of_an_einstein_cry
     temperature, crystal = 500.0, grid(12)
     sites = crystal.positions.copy()
     replica = replica_of(crystal, thermal_velocities(crystal, temperature, np.random.default_rng(2)), seed=3)
-    settings = LangevinSettings(temperature, timestep=2.0, friction_per_ps=100)
+    settings = Dynamics(temperature, timestep=2.0, friction_per_ps=100)
     simulation = Simulation(EinsteinCrystal(sites), [replica], settings)
     simulation.run(200, 200)  # nine times the slowest relaxation time, 43 fs
     (block,) = simulation.run(1200, 60)  # correlation of squares between frames: exp(-5.6)

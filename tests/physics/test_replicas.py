@@ -11,13 +11,12 @@ import pytest
 import torch
 from ase import Atoms
 
-from hpcft.md import Guards, LangevinSettings, Simulation, thermal_velocities
-from hpcft.md.engine import Replica
+from hpcft.md import AT_STOP, Dynamics, Guards, Replica, Simulation, thermal_velocities
 from hpcft.models.morse import MorsePotential
 from hpcft.models.protocol import Potential
 from hpcft.storage.trajectory import FrameBlock
 
-SETTINGS = LangevinSettings(temperature_K=900, timestep=2.0, friction_per_ps=20)
+SETTINGS = Dynamics(temperature_K=900, timestep=2.0, friction_per_ps=20)
 
 
 def cell_of(index: int, make_alloy: Callable[..., Atoms]) -> Atoms:
@@ -165,6 +164,76 @@ def test_the_frames_before_an_explosion_are_kept_and_the_frame_of_it_is_not(
     assert replica.step > 5
     for values in (block.positions, block.velocities, block.forces, block.potential_energy):
         assert np.isfinite(values).all()
+
+
+@pytest.mark.parametrize("frame_every", [1, 7])
+def test_the_last_frame_before_a_stop_is_kept_and_marked(
+    morse: MorsePotential, make_alloy: Callable[..., Atoms], frame_every: int
+) -> None:
+    def run(steps: int, keep: bool) -> list[FrameBlock]:
+        replicas = replicas_of(make_alloy, 0, 1)
+        replicas[0].velocities *= 3
+        guards = Guards(min_distance=2.05)
+        simulation = Simulation(morse, replicas, SETTINGS, guards, keep_last=keep)
+        return simulation.run(steps, frame_every)
+
+    marked = run(200, keep=True)[0]
+    plain = run(200, keep=False)[0]
+    mark = marked.observables[AT_STOP]
+    assert mark.tolist() == [False] * (len(mark) - 1) + [True]
+    assert len(marked.step) == len(plain.step) + (marked.step[-1] % frame_every > 0)
+    (replica,) = replicas_of(make_alloy, 0)  # where it stood one step before
+    replica.velocities *= 3
+    Simulation(morse, [replica, *replicas_of(make_alloy, 1)], SETTINGS).run(int(marked.step[-1]), 10**6)
+    np.testing.assert_array_equal(marked.positions[-1], replica.atoms.positions)
+
+
+def test_a_replica_stops_where_what_is_observed_passes_its_limit(
+    morse: MorsePotential, make_alloy: Callable[..., Atoms]
+) -> None:
+    def observe(graph: object) -> dict[str, np.ndarray]:
+        """Grows along the way, and only for the larger structure."""
+        count["frames"] += 1
+        return {"spread": (graph.num_atoms_b.numpy() > 4) * 0.1 * count["frames"]}  # type: ignore[attr-defined]
+
+    count = {"frames": 0}
+    replicas = replicas_of(make_alloy, 0, 1)
+    guards = Guards(max_observed={"spread": 0.25})
+    blocks = Simulation(morse, replicas, SETTINGS, guards, observe, keep_last=True).run(50, 5)
+    assert [r.stopped for r in replicas] == ["", "spread"]
+    assert [r.step for r in replicas] == [50, 15]
+    assert blocks[1].step.tolist() == [
+        5,
+        10,
+        15,
+    ]  # the frame that went too far is what the reference shall see
+    assert blocks[1].observables[AT_STOP].tolist() == [False, False, True]
+
+
+def test_what_ends_makes_room_for_the_next_and_nothing_else_changes(
+    morse: MorsePotential, make_alloy: Callable[..., Atoms]
+) -> None:
+    def run(max_atoms: int | None) -> tuple[list[Replica], list[FrameBlock], list[int]]:
+        replicas = replicas_of(make_alloy, 0, 1, 2, 3)
+        replicas[1].velocities *= 50
+        sizes: list[int] = []
+
+        def observe(graph: object) -> dict[str, np.ndarray]:
+            sizes.append(len(graph.numbers_n))  # type: ignore[attr-defined]
+            return {}
+
+        guards = Guards(max_temperature_K=20_000)
+        simulation = Simulation(morse, replicas, SETTINGS, guards, observe, max_atoms=max_atoms)
+        return replicas, simulation.run(12, 4), sizes
+
+    together, few = run(None), run(10)
+    assert [(r.step, r.stopped) for r in together[0]] == [(r.step, r.stopped) for r in few[0]]
+    assert max(few[2]) <= 10 < max(together[2])
+    for a, b in zip(together[1], few[1], strict=True):
+        np.testing.assert_array_equal(a.step, b.step)
+        np.testing.assert_allclose(a.positions, b.positions, atol=1e-9)
+    lonely = run(1)  # a replica that is larger than the room goes in alone
+    assert [r.step for r in lonely[0]] == [r.step for r in together[0]]
 
 
 def test_observables_are_recorded_with_each_frame(
