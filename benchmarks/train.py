@@ -11,9 +11,11 @@ Errors are those of the final models on the validation set, by hpcft's `errors_o
 
 Equal, and checked: the starting model and what its loss is, by the figures that mace prints before it trains (`start_rel_diff`).
 Equal: batch size, also in validation; weights of energy per atom and forces (both take means of squares); Adam with amsgrad,
-no weight decay; a constant learning rate; clipping at 10; EMA, of which the best epoch becomes the model; a checkpoint at most
-once an epoch. Not equal: hpcft's learning rate warms up over a twentieth of the steps; the order of the structures; the first steps of the EMA (its decay is a step behind in hpcft); hpcft writes a checkpoint every
-epoch, mace one for every better epoch and a line of metrics every step; hpcft lets the C library keep freed memory.
+no weight decay; a constant learning rate; clipping at 10; EMA, of which the best epoch becomes the model; a checkpoint at
+most once an epoch.
+Not equal: hpcft's learning rate warms up over a twentieth of the steps; the order of the structures; the first steps of the EMA
+(its decay is a step behind in hpcft); hpcft writes a checkpoint every epoch, mace one for every better epoch and a line of
+metrics every step; hpcft lets the C library keep freed memory.
 
 ddp: a whole training on one process and on two (gloo) that share each batch. Structures per second by the clock, to which
 other work on the machine adds: on two cores that are not idle, the speed-up is a lower bound. By the processor's time of the

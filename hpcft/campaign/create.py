@@ -45,6 +45,7 @@ def open_or_create(
     _check_replay(structures.get("replay", ()))
     _check_elements(campaign, structures)
     _check_plain(structures)
+    _check_cells(campaign, structures["structures"])
     _make_root(folder.root)
     with lease(folder.leases, take_over=take_over):
         if folder.identity.exists():  # by another process, while we read the inputs
@@ -168,6 +169,18 @@ def _check_plain(structures: dict[str, Sequence[Atoms]]) -> None:
                     f"structure {index} of {name} carries {', '.join(carried)}, which a campaign does not keep yet; its "
                     "results would be those of another system. Remove them if that is what you mean."
                 )
+
+
+def _check_cells(campaign: Campaign, structures: Sequence[Atoms]) -> None:
+    """A barostat needs cells that can breathe."""
+    if not campaign.explore.ensemble.startswith("npt"):
+        return
+    for index, atoms in enumerate(structures):
+        if not (atoms.pbc.all() and np.linalg.det(atoms.cell.array) > 0):
+            raise UserError(
+                f"structure {index} of structures ({atoms.get_chemical_formula()}) is not periodic in all directions with a "
+                f"right-handed cell, which explore.ensemble: {campaign.explore.ensemble} needs; leave it out, or choose nvt"
+            )
 
 
 def _make_root(root: Path) -> None:

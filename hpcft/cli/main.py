@@ -8,7 +8,7 @@ import sys
 import typer
 
 from hpcft import __version__
-from hpcft.cli import archive, campaign, inspect, logs, mend, model, relax, site, train
+from hpcft.cli import archive, campaign, inspect, logs, md, mend, model, relax, site, train
 from hpcft.errors import CampaignStopped, LabelError, LeaseHeld, SchedulerUnavailable, UserError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("logs")(logs.logs)
 app.command("cancel")(campaign.cancel)
 app.command("report")(campaign.report)
 app.command("inspect")(inspect.inspect)
+app.command("md", cls=train.ManyFiles)(md.md)
 app.command("relax")(relax.relax)
 app.command("train", cls=train.ManyFiles)(train.train)
 app.command("archive")(archive.archive)

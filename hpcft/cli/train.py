@@ -24,14 +24,14 @@ Paths = list[Path]
 
 
 class ManyFiles(TyperCommand):
-    """A command whose --data and --valid take several files at once: `--data a.extxyz b.h5`."""
+    """A command whose --data, --valid and --committee take several files at once: `--data a.extxyz b.h5`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         repeated: list[str] = []
         option = None
         for argument in args:
             if argument.startswith("-"):
-                option = argument if argument in ("--data", "--valid") else None
+                option = argument if argument in ("--data", "--valid", "--committee") else None
             elif option is not None and repeated[-1] != option:
                 repeated.append(option)
             repeated.append(argument)
@@ -111,7 +111,7 @@ def train(
     from hpcft.training.fine_tune import Request
 
     keep_freed_memory()
-    _use_threads(rank)
+    use_threads(rank)
     keys = {"energy_key": energy_key, "forces_key": forces_key, "stress_key": stress_key}
     request = Request(model_file, data, valid, output, settings, device.value, keys)
     _run(request, rank, tensorboard)
@@ -130,7 +130,7 @@ def _settings(config: Path | None, options: Mapping[str, Any]) -> TrainingRun:
     return validate(TrainingRun, Document(merged, given.lines), config or Path("the command line"))
 
 
-def _use_threads(rank: Rank) -> None:
+def use_threads(rank: Rank) -> None:
     """As many as are this rank's: OMP_NUM_THREADS, Slurm's allocation, or its share of the cores. More are slower by far."""
     import torch
 

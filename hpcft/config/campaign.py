@@ -65,12 +65,22 @@ class Explore(Section):
     """Temperature of the thermostat in K."""
     timestep: Annotated[Positive, Unit("fs")]
     """Time step in fs."""
+    ensemble: Literal["nvt", "nvt-svr", "nve", "npt", "npt-full"] = "nvt"
+    """nvt: Langevin; nvt-svr: velocity rescaling; nve: none; npt, npt-full: and the volume or the whole cell moves."""
     friction_per_ps: Annotated[Positive, Unit("1/ps")] = 10.0
-    """Friction of the Langevin thermostat in 1/ps."""
+    """Friction of the Langevin thermostat (nvt) in 1/ps."""
+    thermostat_fs: Annotated[Positive, Unit("fs")] = 100.0
+    """Relaxation time of velocity rescaling (nvt-svr, npt, npt-full) in fs."""
+    pressure_GPa: Annotated[float, Unit("GPa")] = 0.0
+    """Pressure of npt and npt-full in GPa."""
+    barostat_fs: Annotated[Positive, Unit("fs")] = 1000.0
+    """Relaxation time of the volume (npt, npt-full) in fs."""
     steps: Count
     """Time steps of each replica in each round."""
     frame_every: Count = 10
     """Time steps between two stored frames."""
+    precision: Literal["float32", "float64"] = "float32"
+    """Floating-point type of the model in molecular dynamics, that of probe included."""
     segment_frames: Count = 10
     """Frames that are committed to disk at once; a killed task loses at most these."""
     max_temperature_K: Annotated[Positive, Unit("K")] | None = None

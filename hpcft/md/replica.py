@@ -27,7 +27,7 @@ class Replica:
         return {
             "positions": self.atoms.get_positions(),
             "velocities": self.velocities,
-            "cell": self.atoms.cell.array,
+            "cell": np.array(self.atoms.cell.array),  # a copy: ASE changes it in place
             "random": json.dumps(self.random.bit_generator.state),
             "step": self.step,
             "time_fs": self.time_fs,

@@ -64,6 +64,16 @@ def _at(value: float | Ramp, step: int) -> float:
     return value.at(step) if isinstance(value, Ramp) else value
 
 
+# Thermostat and barostat by the name of an ensemble.
+ENSEMBLES: dict[str, tuple[Thermostat, Barostat]] = {
+    "nve": ("none", "none"),
+    "nvt": ("langevin", "none"),
+    "nvt-svr": ("svr", "none"),
+    "npt": ("svr", "isotropic"),
+    "npt-full": ("svr", "full"),
+}
+
+
 @dataclass(frozen=True)
 class Guards:
     """When a replica counts as exploded, collapsed or beyond what the model knows, and stops with that cause."""

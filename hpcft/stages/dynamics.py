@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpcft import __version__
-from hpcft.md import Dynamics, Guards, Observe, Replica, Simulation
+from hpcft.md import ENSEMBLES, Dynamics, Guards, Observe, Replica, Simulation
+from hpcft.md.committed import SegmentTaken, Stretch, run_segments
 from hpcft.models.allocator import keep_freed_memory
 from hpcft.models.files import sha256_of
 from hpcft.models.protocol import Potential
@@ -18,20 +18,7 @@ from hpcft.storage.trajectory import (
     consolidate,
     delete_segments,
     list_segments,
-    read_segment,
-    segment_path,
-    set_aside_uncommitted,
-    write_segment,
 )
-
-
-@dataclass(frozen=True)
-class Run:
-    """How long a task's replicas run, and how often frames are kept and committed."""
-
-    steps: int
-    frame_every: int
-    segment_frames: int
 
 
 def guards_of(context: StageContext, temperature_K: float) -> Guards:
@@ -43,7 +30,17 @@ def guards_of(context: StageContext, temperature_K: float) -> Guards:
 
 def dynamics_of(context: StageContext, temperature_K: float) -> Dynamics:
     explore = context.campaign.explore
-    return Dynamics(temperature_K, explore.timestep, explore.friction_per_ps)
+    thermostat, barostat = ENSEMBLES[explore.ensemble]
+    return Dynamics(
+        temperature_K,
+        explore.timestep,
+        explore.friction_per_ps,
+        thermostat,
+        explore.thermostat_fs,
+        barostat,
+        explore.pressure_GPa,
+        explore.barostat_fs,
+    )
 
 
 def run_dynamics(
@@ -51,9 +48,11 @@ def run_dynamics(
     potential: Potential,
     replicas: Sequence[Replica],
     settings: Dynamics,
-    run: Run,
+    stretch: Stretch,
     model: Path,
     observe: Observe | None = None,
+    *,
+    keep_last: bool = False,
 ) -> dict[str, Any]:
     """Run what is still missing and leave one `trajectory.h5`; returns counts for the task's result.
 
@@ -64,28 +63,15 @@ def run_dynamics(
     final = task.path / "trajectory.h5"
     if not final.exists():
         guards = guards_of(task.context, settings.temperature_at(0))
-        simulation = Simulation(potential, replicas, settings, guards, observe)
-        _run_segments(task.path, simulation, run)
+        simulation = Simulation(potential, replicas, settings, guards, observe, keep_last=keep_last)
+        try:
+            run_segments(task.path, simulation, stretch)
+        except SegmentTaken as error:
+            raise Superseded(str(error)) from error
         task.ensure_owned()
         consolidate(list_segments(task.path), final, _provenance(task, model, settings))
     delete_segments(task.path)
     return _summary(final, replicas)
-
-
-def _run_segments(folder: Path, simulation: Simulation, run: Run) -> None:
-    set_aside_uncommitted(folder)
-    segments = list_segments(folder)
-    if segments:
-        _, checkpoint = read_segment(segments[-1], frames=False)
-        for replica in simulation.replicas:
-            replica.restore(checkpoint[f"{replica.index:04d}"])
-    steps_per_segment = run.frame_every * run.segment_frames
-    for number in range(len(segments), -(-run.steps // steps_per_segment)):
-        steps = min(steps_per_segment, run.steps - number * steps_per_segment)
-        blocks = simulation.run(steps, run.frame_every)
-        checkpoint = {f"{replica.index:04d}": replica.state() for replica in simulation.replicas}
-        if not write_segment(segment_path(folder, number), blocks, checkpoint):
-            raise Superseded(f"segment {number} of {folder} was published by another attempt")
 
 
 def _provenance(task: TaskContext, model: Path, settings: Dynamics) -> dict[str, Any]:

@@ -25,15 +25,16 @@ def plan(context: StageContext) -> list[dict[str, Any]]:
 def run(task: TaskContext) -> dict[str, Any]:
     import torch
 
+    from hpcft.md.committed import Stretch
     from hpcft.models.files import load_model
     from hpcft.models.protocol import as_module
-    from hpcft.stages.dynamics import Run, dynamics_of, run_dynamics
+    from hpcft.stages.dynamics import dynamics_of, run_dynamics
     from hpcft.training.distributed import choose_device
 
     context, explore = task.context, task.context.campaign.explore
     device = choose_device(task.rank, context.device)
     model = context.model(context.round - 1)
-    potential = load_model(model, dtype=torch.float32, device=device)
+    potential = load_model(model, dtype=getattr(torch, explore.precision), device=device)
     as_module(potential).requires_grad_(False)
     replicas = _start(context, task.payload["replicas"])
     return run_dynamics(
@@ -41,9 +42,10 @@ def run(task: TaskContext) -> dict[str, Any]:
         potential,
         replicas,
         dynamics_of(context, explore.temperature_K),
-        Run(explore.steps, explore.frame_every, explore.segment_frames),
+        Stretch(explore.steps, explore.frame_every, explore.segment_frames),
         model,
         _describe_with_foundation(context, device),
+        keep_last=True,  # what the model understands least
     )
 
 
@@ -54,7 +56,8 @@ def _describe_with_foundation(context: StageContext, device: Any) -> Any:
     from hpcft.models.files import load_model
     from hpcft.models.protocol import as_module
 
-    foundation = load_model(context.model(0), dtype=torch.float32, device=device)
+    dtype = getattr(torch, context.campaign.explore.precision)
+    foundation = load_model(context.model(0), dtype=dtype, device=device)
     as_module(foundation).requires_grad_(False)
 
     def observe(graph: Any) -> dict[str, np.ndarray]:

@@ -56,7 +56,8 @@ def run(task: TaskContext) -> dict[str, Any]:
     context, probe = task.context, task.context.campaign.probe
     temperature = context.campaign.probe_temperature_K
     model = context.model(context.round)
-    potential = load_model(model, dtype=torch.float32, device=choose_device(task.rank, context.device))
+    dtype = getattr(torch, context.campaign.explore.precision)
+    potential = load_model(model, dtype=dtype, device=choose_device(task.rank, context.device))
     as_module(potential).requires_grad_(False)
     indices = task.payload["replicas"]
     structures = read_structures(context.folder.inputs / "structures.h5", indices)
@@ -92,10 +93,10 @@ def _on_replay(task: TaskContext, potential: Any) -> dict[str, float] | None:
 
 def _stretch(context: StageContext) -> Any:
     """Frames often enough that a replica which soon explodes still leaves some to judge."""
-    from hpcft.stages.dynamics import Run
+    from hpcft.md.committed import Stretch
 
     probe, explore = context.campaign.probe, context.campaign.explore
-    return Run(probe.steps, min(probe.frame_every, explore.frame_every), explore.segment_frames)
+    return Stretch(probe.steps, min(probe.frame_every, explore.frame_every), explore.segment_frames)
 
 
 def _frames(trajectory: Path, count: int, discard: float) -> list[Atoms]:

@@ -9,6 +9,7 @@ import pytest
 from one_stage import campaign_before, drive_to_end
 from tiny import CAMPAIGN
 
+from hpcft.md import AT_STOP
 from hpcft.storage.atomic import read_json
 from hpcft.storage.campaign_folder import StageFolder
 from hpcft.storage.trajectory import Trajectory
@@ -55,17 +56,24 @@ def test_its_last_sane_frames_are_kept_and_flagged_and_the_others_go_on_to_the_e
     explored: StageFolder,
 ) -> None:
     """Guards the batch: fails if one replica ends or spoils the others, or if a frame beyond the guards is kept."""
-    frames = {}
+    frames, marks = {}, {}
     with Trajectory(explored.task(0).path / "trajectory.h5") as trajectory:
         checkpoint = trajectory.checkpoint()
         for replica in trajectory.replicas:
             frames[replica] = list(trajectory.array(replica, "step"))
+            marks[replica] = [
+                step
+                for step, last in zip(frames[replica], trajectory.array(replica, AT_STOP), strict=True)
+                if last
+            ]
             assert (np.asarray(trajectory.array(replica, "temperature_K")) < LIMIT_K).all()
             for name in ("positions", "velocities", "forces", "potential_energy"):
                 assert np.isfinite(np.asarray(trajectory.array(replica, name))).all(), (replica, name)
     whole = list(range(FRAME_EVERY, STEPS + 1, FRAME_EVERY))
     stopped_at = int(checkpoint[f"{EXPLODED:04d}"]["step"])
     assert FRAME_EVERY < stopped_at < STEPS
-    assert frames == {0: whole, 1: whole, EXPLODED: [step for step in whole if step < stopped_at]}
+    until = sorted({*(step for step in whole if step < stopped_at), stopped_at - 1})
+    assert frames == {0: whole, 1: whole, EXPLODED: until}
+    assert marks == {0: [], 1: [], EXPLODED: [stopped_at - 1]}
     flags = {int(name): str(state["stopped"]) for name, state in checkpoint.items()}
     assert [bool(flags[replica]) for replica in range(4)] == [False, False, True, True]

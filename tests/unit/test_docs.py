@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ase.build import bulk
 
 from hpcft.config.campaign import Reference
 from hpcft.config.site import Site
@@ -48,6 +49,14 @@ def test_the_example_of_a_training_is_valid(tmp_path: Path) -> None:
     (example,) = yaml_examples("training.md")
     (tmp_path / "replay.extxyz").touch()
     assert TrainingRun.model_validate(example, context={"folder": tmp_path}).energy_zero == "fit"
+
+
+def test_the_example_of_molecular_dynamics_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "md.md").read_text(), re.DOTALL)
+    crystals = [bulk("Cu", a=a, cubic=True) for a in (3.6, 3.7)]
+    (tmp_path / "example.py").write_text(program)
+    runpy.run_path(str(tmp_path / "example.py"), init_globals={"structures": crystals})
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,230 @@
+"""hpcft md: molecular dynamics of the structures of a file, by a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hpcft.cli.relax import Device, Precision
+from hpcft.cli.train import use_threads
+from hpcft.errors import UserError
+
+if TYPE_CHECKING:
+    from hpcft.md import Dynamics, Ramp
+    from hpcft.md.run import MdRequest
+    from hpcft.models.protocol import Potential
+    from hpcft.training.rank import Rank
+
+_MOST_ROWS = 40
+
+
+class Ensemble(StrEnum):
+    """What is sampled, and how."""
+
+    nve = "nve"
+    nvt = "nvt"
+    nvt_svr = "nvt-svr"
+    npt = "npt"
+    npt_full = "npt-full"
+
+
+def md(
+    structures_file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="STRUCTURES", help="Any file that ASE reads; all its structures.", show_default=False
+        ),
+    ],
+    model_file: Annotated[
+        Path, typer.Option("--model", help="hpcft's .pt or MACE's .model.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the trajectory.", show_default=False)
+    ],
+    steps: Annotated[int, typer.Option(min=1, help="Time steps of each replica.", show_default=False)],
+    ensemble: Annotated[
+        Ensemble,
+        typer.Option(
+            help="nvt: Langevin. nvt-svr: stochastic velocity rescaling. npt, npt-full: and stochastic cell rescaling, of the "
+            "volume or of the whole cell."
+        ),
+    ] = Ensemble.nvt,
+    temperature: Annotated[str, typer.Option(help="K; a ramp as 300:1200.")] = "300",
+    pressure: Annotated[str, typer.Option("--pressure-GPa", help="GPa; a ramp as 0:10.")] = "0",
+    timestep: Annotated[float, typer.Option(help="fs")] = 1.0,
+    friction: Annotated[float, typer.Option("--friction-per-ps", help="Of nvt.")] = 10.0,
+    thermostat_fs: Annotated[float, typer.Option(help="Relaxation time of nvt-svr and npt.")] = 100.0,
+    barostat_fs: Annotated[float, typer.Option(help="Relaxation time of the volume.")] = 1000.0,
+    copies: Annotated[int, typer.Option(min=1, help="Replicas of each structure.")] = 1,
+    rattle: Annotated[float, typer.Option(min=0, help="Of the start positions, Å.")] = 0.0,
+    strain: Annotated[float, typer.Option(min=0, help="Of the start cells.")] = 0.0,
+    frame_every: Annotated[int, typer.Option(min=1, help="Steps between two stored frames.")] = 10,
+    segment_frames: Annotated[
+        int, typer.Option(min=1, help="Frames that are committed at once: a kill loses at most these.")
+    ] = 100,
+    max_temperature: Annotated[
+        float, typer.Option(help="Guard: a hotter replica has exploded, K. Default: 5 times the highest.")
+    ] = 0.0,
+    min_distance: Annotated[float, typer.Option(min=0, help="Guard: closest pair of atoms, Å.")] = 0.8,
+    committee: Annotated[
+        list[Path] | None,
+        typer.Option(help="More models: their energies and how far the forces spread.", show_default=False),
+    ] = None,
+    mean_forces: Annotated[
+        bool, typer.Option("--mean-forces", help="Move by the committee's mean, not by --model alone.")
+    ] = False,
+    max_spread: Annotated[
+        float | None,
+        typer.Option(
+            help="Stop a replica where the committee's forces spread further, eV/Å.", show_default=False
+        ),
+    ] = None,
+    batch_atoms: Annotated[
+        int | None, typer.Option(min=1, help="Atoms to compute together; default: all.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
+    precision: Annotated[Precision, typer.Option(help="float32 is faster.")] = Precision.float32,
+) -> None:
+    """Run molecular dynamics of many replicas at once; srun, mpirun or torchrun in front of it spreads them over ranks.
+
+    Writes OUTPUT/trajectory.h5 (`hpcft inspect`). The same command goes on where it was killed. Exit code 1 if a guard has
+    stopped a replica.
+    """
+    from hpcft.cluster.ranks import rank_of_launcher
+    from hpcft.md import ENSEMBLES, Dynamics, Guards
+    from hpcft.md.committed import Stretch
+    from hpcft.md.run import MdRequest
+    from hpcft.models.committee import SPREAD
+    from hpcft.models.files import sha256_of
+    from hpcft.storage.structures import read_any
+
+    positive = {"timestep": timestep, "thermostat-fs": thermostat_fs, "barostat-fs": barostat_fs}
+    for name, value in positive.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name} is {value}; it must be positive")
+    if max_spread is not None and not committee:
+        raise UserError("--max-spread is how far a committee may spread; name more models with --committee")
+    thermostat, barostat = ENSEMBLES[ensemble.value]
+    dynamics = Dynamics(
+        _ramp(temperature, steps, "temperature", lowest=0.0),
+        timestep,
+        friction,
+        thermostat,
+        thermostat_fs,
+        barostat,
+        _ramp(pressure, steps, "pressure-GPa", lowest=-math.inf),
+        barostat_fs,
+    )
+    hottest = max(dynamics.temperature_at(0), dynamics.temperature_at(steps))
+    guards = Guards(
+        max_temperature_K=max_temperature or 5 * hottest or math.inf,
+        min_distance=min_distance,
+        max_observed={} if max_spread is None else {SPREAD: max_spread},
+    )
+    models = [model_file, *(committee or [])]
+    about = {"models_sha256": [sha256_of(path) for path in models], "mean_forces": mean_forces}
+    request = MdRequest(
+        read_any(structures_file), output, Stretch(steps, frame_every, segment_frames), dynamics, guards,
+        copies, rattle, strain, seed, batch_atoms, {**about, "precision": precision.value},
+    )  # fmt: skip
+    rank = rank_of_launcher()
+    _run(request, models, mean_forces, device, precision, rank)
+
+
+def _ramp(text: str, steps: int, name: str, lowest: float) -> float | Ramp:
+    from hpcft.md import Ramp
+
+    try:
+        values = [float(part) for part in text.split(":")]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 2) or not all(math.isfinite(v) and v >= lowest for v in values):
+        raise UserError(f"--{name} is {text}; write a number, or two as START:END")
+    return values[0] if len(values) == 1 else Ramp(values[0], values[1], steps)
+
+
+def _run(
+    request: MdRequest, models: Sequence[Path], mean: bool, device: Device, precision: Precision, rank: Rank
+) -> None:
+    from rich.console import Console
+
+    from hpcft.md.run import run_md
+    from hpcft.md.starts import warnings_of
+    from hpcft.models.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    use_threads(rank)
+    potential = _load(models, mean, device, precision, rank)
+    console = Console(highlight=False)
+    if rank.is_first:
+        for warning in warnings_of(request.structures, request.dynamics):
+            typer.echo(f"hpcft: warning: {warning}", err=True)
+
+    def on_segment(done: int, of: int) -> None:
+        if rank.is_first:
+            console.print(f"segment {done} of {of}", soft_wrap=True)
+
+    observe = getattr(potential, "observe", None)
+    trajectory = run_md(request, potential, rank, observe, on_segment)
+    if rank.is_first and _show(console, trajectory, request.dynamics):
+        raise typer.Exit(1)
+
+
+def _load(models: Sequence[Path], mean: bool, device: Device, precision: Precision, rank: Rank) -> Potential:
+    import torch
+
+    from hpcft.models.committee import Committee
+    from hpcft.models.files import load_model
+    from hpcft.models.protocol import as_module
+    from hpcft.training.distributed import choose_device
+
+    where, dtype = choose_device(rank, device.value), getattr(torch, precision.value)
+    members = [load_model(path, dtype=dtype, device=where) for path in models]
+    for member in members:
+        as_module(member).requires_grad_(False)
+    return members[0] if len(members) == 1 else Committee(members, mean=mean)
+
+
+def _show(console: Any, path: Path, dynamics: Dynamics) -> bool:
+    """A row for each replica; whether one was stopped."""
+    import numpy as np
+    from rich.table import Table
+
+    from hpcft.storage.trajectory import Trajectory
+
+    table = Table(caption="means over the second half of the frames", caption_justify="left")
+    for title in ("replica", "steps", "frames", "T / K", "E / eV"):
+        table.add_column(title, justify="right")
+    under_pressure = dynamics.barostat != "none"
+    if under_pressure:
+        table.add_column("V / Å³", justify="right")
+    table.add_column("stopped by")
+    with Trajectory(path) as trajectory:
+        states = trajectory.checkpoint()
+        for number, state in list(states.items())[:_MOST_ROWS]:
+            replica = int(number)
+            cells = [number, str(int(state["step"]))]
+            if replica in trajectory.replicas:
+                half = slice(trajectory.num_frames(replica) // 2, None)
+                values = [
+                    trajectory.array(replica, name)[half].mean()
+                    for name in ("temperature_K", "potential_energy")
+                ]
+                cells += [str(trajectory.num_frames(replica)), f"{values[0]:.0f}", f"{values[1]:.3f}"]
+                if under_pressure:
+                    volumes = np.abs(np.linalg.det(trajectory.array(replica, "cell")[half]))
+                    cells.append(f"{volumes.mean():.1f}")
+            else:
+                cells += ["0"] + ["–"] * (2 + under_pressure)
+            table.add_row(*cells, str(state["stopped"]))
+    console.print(table)
+    if len(states) > _MOST_ROWS:
+        console.print(f"and {len(states) - _MOST_ROWS} more replicas")
+    console.print(f"trajectory: {path}", soft_wrap=True)
+    return any(str(state["stopped"]) for state in states.values())
