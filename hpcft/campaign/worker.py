@@ -20,7 +20,7 @@ from typing import Any
 
 from hpcft import __version__
 from hpcft.campaign.records import intents_of
-from hpcft.cluster.ranks import rank_of_this_process
+from hpcft.cluster.ranks import rank_of_this_process, spread_over_gpus
 from hpcft.errors import CampaignStopped, UserError
 from hpcft.storage.atomic import create_json_once, read_json, remove_leftovers
 from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, TaskFolder
@@ -94,8 +94,9 @@ def _run(
     from hpcft.stages.context import StageContext, TaskContext
     from hpcft.stages.registry import stage_named
 
-    device = str(read_json(folder.site)["device"])
-    context = StageContext(folder, campaign_of(folder), round_, stage, device)
+    site = read_json(folder.site)
+    context = StageContext(folder, campaign_of(folder), round_, stage, str(site["device"]))
+    rank = spread_over_gpus(rank, str(site["executor"]), index)
     where = context.here.task(index)
     if rank.is_first:
         remove_leftovers(where.path)

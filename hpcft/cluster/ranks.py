@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 from hpcft.errors import UserError
 from hpcft.training.rank import Rank
@@ -26,6 +27,11 @@ def rank_of_this_process(attempt: int) -> Rank:
         num_nodes=environment.num_nodes,
         token=f"{attempt}-{environment.job_id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}",
     )
+
+
+def spread_over_gpus(rank: Rank, executor: str, index: int) -> Rank:
+    """On this machine, tasks of one rank run side by side and none knows of the others: each takes the GPU of its index."""
+    return replace(rank, local_rank=index) if executor == "local" and rank.world_size == 1 else rank
 
 
 # By launcher: rank, world size, rank on the node, and what names this start of all ranks. The first that is there counts: a

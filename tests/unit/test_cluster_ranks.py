@@ -3,8 +3,10 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
-from hpcft.cluster.ranks import rank_of_this_process
+from hpcft.cluster.ranks import rank_of_this_process, spread_over_gpus
+from hpcft.training.distributed import choose_device
 from hpcft.training.rank import Rank
 
 
@@ -69,3 +71,16 @@ def test_a_rank_of_a_local_job_knows_its_place(monkeypatch: pytest.MonkeyPatch) 
         },
     )
     assert rank_of_this_process(1) == Rank(1, 2, 1, 1, "1-4711-0")
+
+
+def test_tasks_of_one_rank_on_this_machine_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def gpus(executor: str, world_size: int) -> list[int | None]:
+        ranks = [spread_over_gpus(Rank(0, world_size), executor, index) for index in range(4)]
+        return [choose_device(rank).index for rank in ranks]
+
+    assert gpus("local", 1) == [0, 1, 0, 1]
+    assert gpus("local", 2) == [0, 0, 0, 0]  # the ranks of one task share the machine out among themselves
+    assert gpus("slurm", 1) == [0, 0, 0, 0]  # Slurm shows each job its own
