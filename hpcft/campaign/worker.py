@@ -96,7 +96,7 @@ def _run(
 
     site = read_json(folder.site)
     context = StageContext(folder, campaign_of(folder), round_, stage, str(site["device"]))
-    rank = spread_over_gpus(rank, str(site["executor"]), index)
+    rank = spread_over_gpus(rank, site.get("executor", ""), index)
     where = context.here.task(index)
     if rank.is_first:
         remove_leftovers(where.path)
