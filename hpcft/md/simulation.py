@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from ase import units
+from torch import Tensor
 
-from hpcft.md.motion import Motion, as_numpy
+from hpcft.md.motion import Motion
 from hpcft.md.replica import Replica
 from hpcft.md.settings import Dynamics, Guards
 from hpcft.models.graph import Graph
@@ -40,7 +41,7 @@ class _Recorder:
         n = len(replica.atoms)
         vector, box = (count, n, 3), (count, 3, 3)
 
-        def column(name: str, shape: tuple[int, ...], dtype: type = float) -> np.ndarray:
+        def column(name: str, shape: tuple[int, ...], dtype: type | None = float) -> np.ndarray:
             return np.asarray(self.rows.get(name, []), dtype=dtype).reshape(shape)
 
         return FrameBlock(
@@ -50,14 +51,19 @@ class _Recorder:
             pbc=np.asarray(replica.atoms.pbc),
             step=column("step", (count,), int),
             time_fs=column("time_fs", (count,)),
-            positions=column("positions", vector),
-            velocities=column("velocities", vector),
-            forces=column("forces", vector),
+            positions=column("positions", vector, None),
+            velocities=column("velocities", vector, None),
+            forces=column("forces", vector, None),
             cell=column("cell", box),
             potential_energy=column("energy", (count,)),
             temperature_K=column("temperature", (count,)),
             observables={name: np.asarray(v) for name, v in self.rows.items() if name not in _FIXED},
         )
+
+
+def _as_computed(tensor: Tensor) -> np.ndarray:
+    """In the precision of the run: a file of float32 dynamics has half the size and loses nothing."""
+    return np.asarray(tensor.detach().cpu().numpy())
 
 
 class Simulation:
@@ -205,9 +211,9 @@ class Simulation:
             self._recorders[replica.index].add(
                 step=step,
                 time_fs=step * motion.dynamics[r].timestep,
-                positions=as_numpy(motion.graph.positions_n3[rows]),
-                velocities=as_numpy(motion.velocities_n3[rows]) * units.fs,
-                forces=as_numpy(motion.evaluation.forces_n3[rows]),
+                positions=_as_computed(motion.graph.positions_n3[rows]),
+                velocities=_as_computed(motion.velocities_n3[rows] * units.fs),
+                forces=_as_computed(motion.evaluation.forces_n3[rows]),
                 cell=motion.cell(r),
                 energy=float(motion.evaluation.energies_b[r]),
                 temperature=float(temperature_r[r]),

@@ -96,11 +96,15 @@ class Graph:
         )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Graph:
-        """Move all tensors; `dtype` applies to the floating-point ones."""
+        """Move all tensors; `dtype` applies to the floating-point ones. To a GPU they go while the processor works on."""
+        to_gpu = torch.device(device).type == "cuda" and self.positions_n3.device.type == "cpu"
         moved = {}
         for name, tensor in vars(self).items():
             kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            moved[name] = tensor.to(device=device, dtype=kind)
+            tensor = tensor.to(kind)
+            if to_gpu:
+                tensor = tensor.pin_memory()
+            moved[name] = tensor.to(device=device, non_blocking=to_gpu)
         return Graph(**moved)
 
 
