@@ -85,7 +85,12 @@ def md(
         ),
     ] = None,
     batch_atoms: Annotated[
-        int | None, typer.Option(min=1, help="Atoms to compute together; default: all.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1,
+            help="Atoms to compute together. Default: a GPU's fill; all on a CPU.",
+            show_default=False,
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,

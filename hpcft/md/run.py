@@ -20,6 +20,7 @@ from ase import Atoms
 
 from hpcft import __version__
 from hpcft.errors import UserError
+from hpcft.md.batch_size import atoms_that_fit
 from hpcft.md.committed import Stretch, run_segments
 from hpcft.md.replica import Replica, disturbed, thermal_velocities
 from hpcft.md.settings import Dynamics, Guards
@@ -43,7 +44,8 @@ _LOOK_EVERY_S = 0.2
 class MdRequest:
     """What to run: each structure `copies` times, rattled (Å) and strained, with velocities of its own.
 
-    `about` is written into the trajectory, and with all else it decides whether a folder holds this very run.
+    `max_atoms` in a batch: left out, what a GPU's memory takes, and on the CPU all. `about` is written into the trajectory, and
+    with all else it decides whether a folder holds this very run.
     """
 
     structures: Sequence[Atoms]
@@ -87,7 +89,7 @@ def run_md(
             request.dynamics,
             request.guards,
             observe,
-            max_atoms=request.max_atoms,
+            max_atoms=request.max_atoms or _room(request, potential),
             keep_last=True,
         )
         found = run_segments(segments, simulation, request.stretch, on_segment)
@@ -96,6 +98,10 @@ def run_md(
     if rank.world_size > 1 and rank.is_first:
         _join(request, rank)
     return request.folder / TRAJECTORY
+
+
+def _room(request: MdRequest, potential: Potential) -> int | None:
+    return atoms_that_fit(potential, request.structures, stress=request.dynamics.barostat != "none")
 
 
 def _of_rank(rank: int) -> str:

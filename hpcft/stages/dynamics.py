@@ -8,6 +8,7 @@ from typing import Any
 
 from hpcft import __version__
 from hpcft.md import ENSEMBLES, Dynamics, Guards, Observe, Replica, Simulation
+from hpcft.md.batch_size import atoms_that_fit
 from hpcft.md.committed import SegmentTaken, Stretch, run_segments
 from hpcft.models.allocator import keep_freed_memory
 from hpcft.models.files import sha256_of
@@ -63,7 +64,11 @@ def run_dynamics(
     final = task.path / "trajectory.h5"
     if not final.exists():
         guards = guards_of(task.context, settings.temperature_at(0))
-        simulation = Simulation(potential, replicas, settings, guards, observe, keep_last=keep_last)
+        structures = [replica.atoms for replica in replicas]
+        room = atoms_that_fit(potential, structures, stress=settings.barostat != "none")
+        simulation = Simulation(
+            potential, replicas, settings, guards, observe, max_atoms=room, keep_last=keep_last
+        )
         try:
             run_segments(task.path, simulation, stretch)
         except SegmentTaken as error:
