@@ -124,9 +124,14 @@ class Motion:
         return noise_n3 if self._movable_n1 is None else noise_n3 * self._movable_n1
 
     def _without_drift(self, velocities_n3: Tensor) -> Tensor:
-        if not any(d.fix_centre_of_mass for d in self.dynamics):
+        """Fixed atoms would be dragged along, and they hold the rest in place anyway."""
+        is_held = [
+            d.fix_centre_of_mass and not len(fixed)
+            for d, fixed in zip(self.dynamics, self._fixed_r, strict=True)
+        ]
+        if not any(is_held):
             return velocities_n3
-        held = self._tensor(np.array([float(d.fix_centre_of_mass) for d in self.dynamics]))[:, None]
+        held = self._tensor(np.array(is_held, dtype=float))[:, None]
         structure_n = self.graph.structure_n
         zeros = torch.zeros(len(self.batch), 3, dtype=self._dtype, device=self._device)
         momentum_r3 = zeros.index_add(0, structure_n, self.mass_n1 * velocities_n3)

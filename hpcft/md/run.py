@@ -6,6 +6,7 @@ file of its own, rank-NNNN.h5, and trajectory.h5 shows them as one. The same cal
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -80,9 +81,9 @@ def run_md(
     _claim(request, rank)
     name = TRAJECTORY if rank.world_size == 1 else _of_rank(rank.rank)
     final = request.folder / name
+    segments = request.folder / f"segments-{rank.rank:04d}"
     if not final.exists():
         replicas = _my_replicas(request, rank)
-        segments = request.folder / f"segments-{rank.rank:04d}"
         simulation = Simulation(
             potential,
             replicas,
@@ -94,8 +95,11 @@ def run_md(
         )
         found = run_segments(segments, simulation, request.stretch, on_segment)
         consolidate(found, final, _provenance(request, rank))
+    if segments.exists():
         delete_segments(segments)
-    if rank.world_size > 1 and rank.is_first:
+        with contextlib.suppress(OSError):  # what was damaged and set aside stays
+            segments.rmdir()
+    if rank.world_size > 1 and rank.is_first and not (request.folder / TRAJECTORY).exists():
         _join(request, rank)
     return request.folder / TRAJECTORY
 
