@@ -1,12 +1,14 @@
-"""hpcft archive, verify: a campaign as one file, and whether a campaign or such a file is whole."""
+"""hpcft archive, verify: a campaign as one file; whether a campaign, such a file or any HDF5 file is whole; repair."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +17,7 @@ from hpcft.storage.campaign_folder import CampaignFolder
 
 if TYPE_CHECKING:
     from hpcft.campaign.verify import Verified
+    from hpcft.storage.soundness import Soundness
 
 
 class Part(StrEnum):
@@ -48,42 +51,140 @@ def archive(
 
 def verify(
     path: Annotated[
-        Path, typer.Argument(help="A campaign's folder, or an archive of one.", show_default=False)
+        Path,
+        typer.Argument(
+            help="A campaign's folder, an archive of one, an HDF5 file, or a folder of segments.",
+            show_default=False,
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")] = False,
+    repair: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="Write what can be proven of a damaged trajectory, or what a folder of segments has committed, as a new "
+            "trajectory.",
+        ),
+    ] = None,
 ) -> None:
-    """Check that a campaign or an archive is whole: one line for each problem, exit code 1 if there is any."""
+    """Check that what hpcft wrote is whole: one line for each problem, exit code 1 if there is any."""
     if not path.exists():
-        raise UserError(f"there is no {path}; name a campaign's folder or an archive")
+        raise UserError(
+            f"there is no {path}; name a campaign's folder, an archive, or an HDF5 file of hpcft's"
+        )
+    if repair is not None:
+        _repair(path, repair, as_json)
+        return
     with _busy(f"reading {path}"):
-        found = _verified(path)
+        report = _verified(path)
     if as_json:
-        problems = [vars(problem) for problem in found.problems]
-        typer.echo(json.dumps({**vars(found), "path": str(path), "problems": problems}, indent=1))
+        typer.echo(json.dumps({"path": str(path), **report.as_json}, indent=1))
     else:
-        for problem in found.problems:
-            typer.echo(f"{problem.file} {problem.text}")
-        typer.echo(_summary(path, found))
-    if found.problems:
+        for line in (*(f"{file} {text}" for file, text in report.problems), *report.summaries):
+            typer.echo(line)
+    if report.problems:
         raise typer.Exit(1)
 
 
-def _verified(path: Path) -> Verified:
+@dataclass(frozen=True)
+class _Report:
+    """What was found, for people and for programs."""
+
+    problems: Sequence[tuple[str, str]]
+    summaries: Sequence[str]
+    facts: Mapping[str, Any]
+
+    @property
+    def as_json(self) -> dict[str, Any]:
+        return {**self.facts, "problems": [{"file": file, "text": text} for file, text in self.problems]}
+
+
+def _verified(path: Path) -> _Report:
+    from hpcft.storage.soundness import check_file, check_folder, hdf5_files, is_hdf5
+
     if path.is_dir():
+        if hdf5_files(path) and not CampaignFolder(path).identity.exists():
+            return _of_files(check_folder(path))
         from hpcft.campaign.verify import verify_campaign
 
-        return verify_campaign(CampaignFolder(path.absolute()))
+        return _of_campaign(path, verify_campaign(CampaignFolder(path.absolute())))
+    if is_hdf5(path):
+        return _of_files([check_file(path)])
     from hpcft.campaign.verify_archive import verify_archive
 
-    return verify_archive(path)
+    return _of_campaign(path, verify_archive(path))
 
 
-def _summary(path: Path, found: Verified) -> str:
-    count = len(found.problems)
-    state = f"{count} problem{'s' * (count != 1)}" if count else "all is well"
+def _of_campaign(path: Path, found: Verified) -> _Report:
+    problems = [(problem.file, problem.text) for problem in found.problems]
     about = f"{found.num_files} files, {_size(found.num_bytes)}, {found.num_stages} finished stages"
     left_out = f", {found.num_left_out} trajectories left out when it was archived" * bool(found.num_left_out)
-    return f"{path}: {state} ({about}{left_out})"
+    facts = {name: value for name, value in vars(found).items() if name != "problems"}
+    return _Report(problems, [f"{path}: {_state(len(problems))} ({about}{left_out})"], facts)
+
+
+def _of_files(parts: Sequence[Soundness]) -> _Report:
+    problems = [problem for part in parts for problem in part.problems.items()]
+    summaries = [f"{part.path}: {_state(len(part.problems))} ({_contents(part)})" for part in parts]
+    entries = [
+        {"path": str(part.path), "kind": part.kind, "num_bytes": part.num_bytes}
+        | {"num_segments": part.num_segments, **vars(part.counts), "sound": not part.problems}
+        for part in parts
+    ]
+    return _Report(problems, summaries, {"parts": entries})
+
+
+def _contents(part: Soundness) -> str:
+    counts = part.counts
+    segments = part.num_segments
+    words = [part.kind if segments is None else f"{_number(segments, 'segment')} committed"]
+    if counts.num_replicas is not None:
+        words.append(_number(counts.num_replicas, "replica"))
+    if counts.num_frames is not None:
+        words.append(_number(counts.num_frames, "structure" if part.kind == "structures" else "frame"))
+    if counts.last_step is not None:
+        words.append(f"up to step {counts.last_step}")
+    return ", ".join([*words, _size(part.num_bytes)])
+
+
+def _state(num_problems: int) -> str:
+    return _number(num_problems, "problem") if num_problems else "all is well"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _repair(path: Path, out: Path, as_json: bool) -> None:
+    from hpcft.storage.repair import repair
+    from hpcft.storage.seal import DamagedFile
+
+    try:
+        with _busy(f"reading {path}"):
+            done = repair(path, out)
+    except (
+        DamagedFile
+    ) as error:  # as other errors of the user's, but 2 means a wrong argument, and this is damage
+        typer.echo(f"hpcft: {error}", err=True)
+        raise typer.Exit(1) from error
+    if as_json:
+        facts = {"path": str(out), "num_frames": done.num_frames, "repaired": done.about}
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    typer.echo(f"{out}: {done.num_frames} frames of {path}, each of them proven. {_losses(done.about)}")
+
+
+def _losses(about: Mapping[str, Any]) -> str:
+    if "segments_lost" in about:
+        lost = about["segments_lost"]
+        return f"Lost: {', '.join(lost)}." if lost else "Nothing that was committed is lost."
+    frames = {replica: num for replica, num in about["frames_lost"].items() if num != 0}
+    lost = [
+        f"{'all frames' if num is None else _number(num, 'frame')} of replica {int(replica)}"
+        for replica, num in frames.items()
+    ]
+    lost += [f"the {name}" for name in ("checkpoint", "provenance") if about[name] == "lost"]
+    return f"Lost: {', '.join(lost)}." if lost else "Nothing is lost."
 
 
 def _busy(what: str) -> AbstractContextManager[object]:

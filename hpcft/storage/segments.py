@@ -73,29 +73,36 @@ def list_segments(folder: Path) -> list[Path]:
     return prefix
 
 
+def list_proven_segments(folder: Path) -> list[Path]:
+    """As `list_segments`, but the checksums of all are compared, so all of them can be read."""
+    prefix: list[Path] = []
+    while _has_its_length(path := segment_path(folder, len(prefix))) and _is_intact(path):
+        prefix.append(path)
+    return prefix
+
+
 def set_aside_uncommitted(folder: Path) -> list[Path]:
     """Rename the first damaged segment, which is looked for in full, and all after it or after a gap.
 
     For the sole writer of `folder`, before it resumes: a name that is taken could not be written again. Returns the
     new names, `segment-0007.h5.set-aside-<token>`.
     """
-    prefix: set[Path] = set()
-    while _has_its_length(path := segment_path(folder, len(prefix))) and _is_intact(path):
-        prefix.add(path)
+    prefix = set(list_proven_segments(folder))
     return [
         path.rename(path.with_name(f"{path.name}.set-aside-{secrets.token_hex(4)}"))
-        for path in _segment_files(folder)
+        for path in segment_files(folder)
         if path not in prefix
     ]
 
 
 def delete_segments(folder: Path) -> None:
     """Delete all segments after their consolidation, the last first, so that a kill in between leaves a prefix."""
-    for path in reversed(_segment_files(folder)):
+    for path in reversed(segment_files(folder)):
         path.unlink()
 
 
-def _segment_files(folder: Path) -> list[Path]:
+def segment_files(folder: Path) -> list[Path]:
+    """All that have the name of a segment, by rising number, committed or not."""
     names = [
         (int(found[1]), path) for path in folder.iterdir() if (found := _SEGMENT_NAME.fullmatch(path.name))
     ]

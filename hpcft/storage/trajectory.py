@@ -8,22 +8,25 @@ shows to other programs.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import h5py
-import numpy as np
-from ase import Atoms, units
-from ase.data import atomic_masses
+from ase import Atoms
 
 from hpcft.errors import UserError
 from hpcft.storage import layout
 from hpcft.storage.consolidation import consolidate
-from hpcft.storage.frames import PER_FRAME, STATIC, FrameBlock
+from hpcft.storage.frame_digests import has_digests, is_proven
+from hpcft.storage.frames import FrameBlock
 from hpcft.storage.hdf5 import open_file, write_file
+from hpcft.storage.replica_frames import ReplicaFrames
+from hpcft.storage.replica_reader import ReplicaReader
+from hpcft.storage.seal import DamagedFile
 from hpcft.storage.segments import (
     delete_segments,
     list_segments,
@@ -32,10 +35,11 @@ from hpcft.storage.segments import (
     set_aside_uncommitted,
     write_segment,
 )
-from hpcft.storage.tree import Array, decode_name, read_attributes, read_tree
+from hpcft.storage.tree import Array, read_attributes, read_tree
 
 __all__ = [
     "FrameBlock",
+    "ReplicaFrames",
     "Trajectory",
     "consolidate",
     "delete_segments",
@@ -48,17 +52,24 @@ __all__ = [
 ]
 
 
+# Of a campaign's replicas; each holds a dozen open datasets with their caches.
+_MOST_READERS = 16
+
+
 class Trajectory:
-    """Reader of a consolidated trajectory, for a `with` statement; UserError for what the file has not."""
+    """Reader of a consolidated trajectory, for a `with` statement; UserError for what the file has not.
+
+    `trajectory[replica]` is a sequence of ASE structures of which nothing is in memory, so there may be millions.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stack = ExitStack()
-        self._file = self._stack.enter_context(open_file(path, "trajectory"))
-        self.replicas: list[int] = sorted(int(name) for name in self._file.get("replicas", ()))
-        self.provenance: dict[str, Any] = read_attributes(self._file["provenance"])
-        self._static: dict[int, dict[str, Array]] = {}
-        self._datasets: dict[tuple[int, str], Any] = {}
+        self._readers: dict[int, ReplicaReader] = {}
+        with ExitStack() as stack:
+            self._file = stack.enter_context(open_file(path, "trajectory"))
+            self.replicas: list[int] = sorted(int(name) for name in self._file.get("replicas", ()))
+            self.provenance: dict[str, Any] = self._compared("provenance", read_attributes)
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -70,75 +81,70 @@ class Trajectory:
         self.close()
 
     def close(self) -> None:
+        self._readers.clear()
         self._stack.close()
 
+    def __iter__(self) -> Iterator[int]:
+        """The replicas, as a dictionary's keys."""
+        return iter(self.replicas)
+
+    def __getitem__(self, replica: int) -> ReplicaFrames:
+        """All frames of a replica, read one by one when they are used; a slice of them is lazy too."""
+        return ReplicaFrames(partial(self._reader, replica))
+
     def num_frames(self, replica: int) -> int:
-        return len(self._dataset(replica, "step"))
+        return self._reader(replica).num_frames
 
     def observable_names(self, replica: int) -> list[str]:
         """Names of the replica's observables for `array`, besides energy and temperature."""
-        group = self._root(replica)[layout.OBSERVABLES]
-        own = {path for path, _ in layout.PER_FRAME.values()}
-        return [decode_name(name) for name in group if f"{layout.OBSERVABLES}/{name}" not in own]
+        return list(self._reader(replica).observable_names)
 
-    def array(self, replica: int, name: str) -> Array:
-        """All frames of one quantity: a field of FrameBlock or the name of an observable."""
-        dataset = self._dataset(replica, name)
-        return np.asarray(dataset[0] if name in STATIC and len(dataset) else dataset[()])
+    def array(self, replica: int, name: str, frames: slice = slice(None)) -> Array:
+        """One quantity of the frames of a slice, or of all: a field of FrameBlock or the name of an observable.
+
+        What all frames share (numbers, masses, pbc) comes once. DamagedFile if bytes have changed.
+        """
+        return self._reader(replica).array(name, frames)
 
     def frame(self, replica: int, index: int) -> Atoms:
-        """One frame (negative from the end) with velocities.
-
-        In `info`: step, time_fs, potential_energy, temperature_K and the observables.
-        """
-        count = self.num_frames(replica)
-        if not -count <= index < count:
+        """One frame (negative from the end) with velocities, and energy and forces from `calc`; see `atoms_of`."""
+        frames = self[replica]
+        if not -len(frames) <= index < len(frames):
             raise UserError(
-                f"{self.path}: replica {replica} has {count} frames, so there is no frame {index}."
+                f"{self.path}: replica {replica} has {len(frames)} frames, so there is no frame {index}."
             )
-        if replica not in self._static:
-            self._static[replica] = {name: self.array(replica, name) for name in STATIC}
-        static = self._static[replica]
-
-        def value(name: str) -> Any:
-            return self._dataset(replica, name)[index % count]
-
-        atoms = Atoms(
-            numbers=static["numbers"], positions=value("positions"), cell=value("cell"), pbc=static["pbc"]
-        )
-        if not np.array_equal(static["masses"], atomic_masses[static["numbers"]]):
-            atoms.set_masses(static["masses"])
-        atoms.set_velocities(value("velocities").astype(np.float64) / units.fs)
-        for name in ("step", "time_fs", "potential_energy", "temperature_K", *self.observable_names(replica)):
-            item = value(name)
-            atoms.info[name] = item.item() if np.ndim(item) == 0 else item
-        return atoms
+        return frames[index]
 
     def frames(self, replica: int, indices: slice = slice(None)) -> Iterator[Atoms]:
         """The frames of a slice, each read when its turn comes."""
-        for index in range(*indices.indices(self.num_frames(replica))):
-            yield self.frame(replica, index)
+        return iter(self[replica][indices])
 
     def checkpoint(self) -> dict[str, Any]:
         """The state after the last frame, as the run that wrote it laid it down."""
-        return read_tree(self._file["checkpoint"])
+        return self._compared("checkpoint", read_tree)
 
-    def _root(self, replica: int) -> Any:
+    def _compared(self, name: str, read: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        tree = read(self._file[name])
+        if has_digests(self._file) and not is_proven(self._file, name, tree):
+            raise DamagedFile(
+                f"{self.path} is damaged: its {name} is not what was written. Restore it from a backup, or let "
+                f"hpcft verify {self.path} --repair OUT write a new file of what can be proven."
+            )
+        return tree
+
+    def _reader(self, replica: int) -> ReplicaReader:
+        if not self._file:
+            raise UserError(f"{self.path} has been closed; read its frames inside the `with` statement.")
         if replica not in self.replicas:
             some = f"{self.replicas[0]} to {self.replicas[-1]}" if self.replicas else "none"
             raise UserError(
                 f"{self.path} has no replica {replica}; it holds {len(self.replicas)} replicas ({some})."
             )
-        return self._file[layout.replica_path(replica)]
-
-    def _dataset(self, replica: int, name: str) -> Any:
-        if (replica, name) not in self._datasets:
-            root, path = self._root(replica), layout.dataset_path(name)
-            if path not in root:
-                known = [*STATIC, *PER_FRAME, *self.observable_names(replica)]
-                raise UserError(f"{self.path}: replica {replica} has no {name!r}; it has {', '.join(known)}.")
-            self._datasets[replica, name] = root[path]
-        return self._datasets[replica, name]
+        if replica not in self._readers:
+            if len(self._readers) == _MOST_READERS:
+                del self._readers[next(iter(self._readers))]
+            self._readers[replica] = ReplicaReader(self.path, self._file, replica)
+        return self._readers[replica]
 
 
 def write_h5md_view(trajectory_path: Path, replica: int, out: Path) -> None:

@@ -52,7 +52,7 @@ def test_the_example_of_a_training_is_valid(tmp_path: Path) -> None:
 
 
 def test_the_example_of_molecular_dynamics_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "md.md").read_text(), re.DOTALL)
+    _, program = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "md.md").read_text(), re.DOTALL)
     crystals = [bulk("Cu", a=a, cubic=True) for a in (3.6, 3.7)]
     (tmp_path / "example.py").write_text(program)
     runpy.run_path(str(tmp_path / "example.py"), init_globals={"structures": crystals})
