@@ -137,9 +137,7 @@ def _read_without_code(path: Path) -> dict[str, Any] | None:
 def _from_content(content: dict[str, Any], path: Path) -> Potential:
     dtype = getattr(torch, content["dtype"])
     if content["architecture"] == "mace":
-        from hpcft.models.mace import build_mace
-
-        potential: Potential = build_mace(content["configuration"], dtype)
+        potential: Potential = _mace_that_fits(content, dtype, path)
     elif content["architecture"] == "morse":
         from hpcft.models.morse import MorsePotential
 
@@ -150,6 +148,21 @@ def _from_content(content: dict[str, Any], path: Path) -> Potential:
         )
     as_module(potential).load_state_dict(content["state"])
     return potential
+
+
+def _mace_that_fits(content: dict[str, Any], dtype: torch.dtype, path: Path) -> Potential:
+    """With the basis of products that the weights are of, whatever this machine has installed."""
+    from hpcft.models.mace import build_mace
+
+    shapes = {name: tensor.shape for name, tensor in content["state"].items()}
+    for reduced in (False, True):
+        potential = build_mace(content["configuration"], dtype, reduced=reduced)
+        if {name: tensor.shape for name, tensor in potential.state_dict().items()} == shapes:
+            return potential
+    raise UserError(
+        f"the weights in {path} do not fit the model that its settings describe; if it was made where cuequivariance is "
+        "installed, install it here as well (pip install cuequivariance cuequivariance-torch)"
+    )
 
 
 def _load_pickled(path: Path) -> Potential:

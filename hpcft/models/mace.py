@@ -121,6 +121,7 @@ class MacePotential(torch.nn.Module):
         config["avg_num_neighbors"] = float(config["avg_num_neighbors"])
         config["heads"] = list(config["heads"])
         config["radial_MLP"] = [int(width) for width in config["radial_MLP"]]
+        config["use_reduced_cg"] = True  # as mace records it, and not to be trusted: the weights' shapes tell
         return config
 
 
@@ -142,9 +143,15 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
-def build_mace(configuration: Mapping[str, Any], dtype: torch.dtype = torch.float64) -> MacePotential:
-    """A MACE with fresh weights from the settings that `MacePotential.configuration` returns."""
-    config = dict(configuration)
+def build_mace(
+    configuration: Mapping[str, Any], dtype: torch.dtype = torch.float64, *, reduced: bool = False
+) -> MacePotential:
+    """A MACE with fresh weights from the settings that `MacePotential.configuration` returns.
+
+    `reduced`: with the smaller basis of products that mace 0.3.16 takes by itself wherever cuequivariance is installed, so that
+    the same settings give other weights on another machine. Here they do not, unless a file is of that kind.
+    """
+    config = {**configuration, "use_reduced_cg": reduced}
     for key in _CLASSES:
         table = mace_modules.readout_classes if key == "readout_cls" else mace_modules.interaction_classes
         config[key] = table[config[key]]

@@ -153,3 +153,40 @@ def test_a_failed_save_leaves_the_old_model_as_it_was(
 
 if __name__ == "__main__":
     save_model(Path(sys.argv[1]), morse(), {"labels": 5, "kind": "x"})
+
+
+HIDE = "import sys; sys.modules['cuequivariance'] = sys.modules['cuequivariance_torch'] = None\n"
+SAVE = """
+import sys; sys.path.insert(0, {physics!r})
+from pathlib import Path
+from small_models import small_mace
+from hpcft.models.files import save_model
+model = small_mace()
+save_model(Path({path!r}), model)
+"""
+
+
+def test_a_mace_has_the_same_bytes_whether_or_not_cuequivariance_is_installed(tmp_path: Path) -> None:
+    """mace itself takes another basis where it is, and neither side could read the other's files."""
+    physics = str(Path(__file__).parents[1] / "physics")
+    found = []
+    for name, prelude in (("with.pt", ""), ("without.pt", HIDE)):
+        code = prelude + SAVE.format(physics=physics, path=str(tmp_path / name))
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
+        found.append((tmp_path / name).read_bytes())
+    assert found[0] == found[1]
+
+
+def test_a_mace_in_the_reduced_basis_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hpcft.models.mace import build_mace
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "physics"))
+    from small_models import small_mace
+
+    configuration = small_mace().configuration()
+    model = build_mace(configuration, reduced=True)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert shapes != {n: t.shape for n, t in build_mace(configuration).state_dict().items()}
+    save_model(tmp_path / "reduced.pt", model)
+    again = as_module(load_model(tmp_path / "reduced.pt")).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
