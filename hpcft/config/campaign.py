@@ -80,7 +80,7 @@ class Explore(Section):
     frame_every: Count = 10
     """Time steps between two stored frames."""
     precision: Literal["float32", "float64"] = "float32"
-    """Floating-point type of the model in molecular dynamics, that of probe included."""
+    """Floating-point type of the model in molecular dynamics, and in all that probe does."""
     segment_frames: Count = 10
     """Frames that are committed to disk at once; a killed task loses at most these."""
     max_temperature_K: Annotated[Positive, Unit("K")] | None = None

@@ -167,7 +167,7 @@ class Train(Optimisation):
     steps_per_epoch: Count | None = None
     """Optimiser steps in an epoch; left out: one pass over the labels."""
     precision: Literal["float32", "float64"] = "float32"
-    """Floating-point type of the training and of the model file; MD and relaxations run in float32."""
+    """Floating-point type of the training and of the model file; for dynamics and relaxations see explore.precision."""
     acceleration: Literal["none", "cuequivariance", "auto"] = "none"
     """Kernels of NVIDIA's cuEquivariance, checked against the model first; auto: where there is a GPU and the package."""
     tf32: bool = False

@@ -95,6 +95,7 @@ class Simulation:
         self.observe = observe
         self.max_atoms, self.keep_last = max_atoms, keep_last
         self._recorders: dict[int, _Recorder] = {}
+        self._begun_at: dict[int, int] = {}
 
     @property
     def running(self) -> list[Replica]:
@@ -103,6 +104,7 @@ class Simulation:
     def run(self, num_steps: int, frame_every: int) -> list[FrameBlock]:
         """Advance all running replicas; returns every `frame_every`-th frame of each that has one."""
         self._recorders = {replica.index: _Recorder() for replica in self.replicas}
+        self._begun_at = {replica.index: replica.step for replica in self.replicas}
         # A barostat needs the stress, and a cell: those with one run by themselves.
         for has_barostat in (False, True):
             group = [
@@ -228,7 +230,7 @@ class Simulation:
             replica, recorder = before.batch[r], self._recorders[before.batch[r].index]
             if recorder.has(replica.step - 1):
                 recorder.rows[AT_STOP][-1] = True
-            elif replica.step > 1:
+            elif replica.step - 1 > self._begun_at[replica.index]:  # else it belongs to the run before
                 missing.append(r)
         if missing:
             self._record(before, missing, ended=True)

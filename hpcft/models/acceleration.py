@@ -47,6 +47,10 @@ def use_cuequivariance(potential: Potential, graph: Graph) -> float:
             from mace.cli.convert_e3nn_cueq import run
 
             holder.model = run(wanted, device=graph.positions_n3.device.type)
+    except (RuntimeError, NotImplementedError, ValueError, KeyError, IndexError) as error:
+        raise UserError(
+            f"this model cannot be turned into cuEquivariance's kernels ({error}); write acceleration: none"
+        ) from error
     finally:
         fuse(wanted)
     error = _relative(evaluate(potential, graph).forces_n3, before)

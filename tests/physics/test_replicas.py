@@ -188,6 +188,18 @@ def test_the_last_frame_before_a_stop_is_kept_and_marked(
     np.testing.assert_array_equal(marked.positions[-1], replica.atoms.positions)
 
 
+def test_a_stop_at_the_first_step_of_a_segment_repeats_no_frame_of_the_one_before(
+    morse: MorsePotential, make_alloy: Callable[..., Atoms]
+) -> None:
+    """Fails if the frame before the stop is written twice, which no trajectory takes: steps must rise."""
+    replicas = replicas_of(make_alloy, 0)
+    simulation = Simulation(morse, replicas, SETTINGS, Guards(max_temperature_K=20_000), keep_last=True)
+    (block,) = simulation.run(4, 2)
+    replicas[0].velocities *= 50
+    assert simulation.run(4, 2) == []
+    assert (block.step.tolist(), replicas[0].step, replicas[0].stopped) == ([2, 4], 5, "temperature")
+
+
 def test_a_replica_stops_where_what_is_observed_passes_its_limit(
     morse: MorsePotential, make_alloy: Callable[..., Atoms]
 ) -> None:
