@@ -71,8 +71,9 @@ class ReplicaReader:
         """Frames `start` to `stop` (not included); DamagedFile if one of them is not bit for bit what was written."""
         rows = {name: self._read(name, slice(start, stop)) for name in (*PER_FRAME, *self.observable_names)}
         fields = {name: rows.pop(name) for name in PER_FRAME}
+        static = self._static  # outside of the `try`: what is damaged there has said so already
         try:
-            block = FrameBlock(replica=self.replica, **self._static, **fields, observables=rows)
+            block = FrameBlock(replica=self.replica, **static, **fields, observables=rows)
         except ValueError as error:
             raise self._damaged(_named(start, stop), str(error)) from error
         if self._digests is not None:
