@@ -53,14 +53,14 @@ def use_cuequivariance(potential: Potential, graph: Graph) -> float:
         ) from error
     finally:
         fuse(wanted)
-    error = _relative(evaluate(potential, graph).forces_n3, before)
-    if not error <= TOLERANCE[dtype_of(potential)]:
+    deviation = _relative(evaluate(potential, graph).forces_n3, before)
+    if not deviation <= TOLERANCE[dtype_of(potential)]:
         holder.model = wanted
         raise UserError(
-            f"with cuEquivariance the forces differ by {error:.1e} of their norm, more than {TOLERANCE[dtype_of(potential)]:g}; "
-            "write acceleration: none, and tell us about this model"
+            f"with cuEquivariance the forces differ by {deviation:.1e} of their norm, more than "
+            f"{TOLERANCE[dtype_of(potential)]:g}; write acceleration: none, and tell us about this model"
         )
-    return error
+    return deviation
 
 
 def use_e3nn(potential: Potential) -> None:
