@@ -18,7 +18,7 @@ from hpcft import __version__
 from hpcft.campaign.lease import holder, lease
 from hpcft.config.campaign import Campaign, differences
 from hpcft.errors import UserError
-from hpcft.labelling.reference import Reference, build_calculator, unknown_elements
+from hpcft.labelling.reference import build_calculator, reference_from, unknown_elements
 from hpcft.storage.atomic import write_bytes, write_json
 from hpcft.storage.campaign_folder import FORMAT, CampaignFolder
 from hpcft.storage.structures import read_any, write_structures
@@ -133,7 +133,7 @@ def _check_replay(structures: Sequence[Atoms]) -> None:
 
 def _check_elements(campaign: Campaign, structures: dict[str, Sequence[Atoms]]) -> None:
     wish = campaign.reference
-    reference = Reference(wish.calculator, wish.arguments, wish.elements, wish.time_limit_s)
+    reference = reference_from(wish)
     from hpcft.models.files import elements_of_file  # torch, and only where a campaign begins
 
     known_to_model = elements_of_file(campaign.foundation)

@@ -262,7 +262,9 @@ class Manager:
             raise CampaignStopped(action.why)
 
     def _context(self, round_: int, stage: str) -> StageContext:
-        return StageContext(self.folder, self.campaign, round_, stage, self.site.device)
+        return StageContext(
+            self.folder, self.campaign, round_, stage, self.site.device, self.site.mpi_launcher
+        )
 
     def _plan(self, action: Plan) -> None:
         context = self._context(action.round, action.stage)

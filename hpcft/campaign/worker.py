@@ -90,12 +90,14 @@ def _run(
     signals: _Signals,
 ) -> str:
     # Imported here: the lock is taken before the seconds that torch needs to load.
-    from hpcft.campaign.settings import campaign_of
+    from hpcft.campaign.settings import campaign_of, site_of
     from hpcft.stages.context import StageContext, TaskContext
     from hpcft.stages.registry import stage_named
 
     site = read_json(folder.site)
-    context = StageContext(folder, campaign_of(folder), round_, stage, str(site["device"]))
+    context = StageContext(
+        folder, campaign_of(folder), round_, stage, str(site["device"]), site_of(folder).mpi_launcher
+    )
     rank = spread_over_gpus(rank, site.get("executor", ""), index)
     where = context.here.task(index)
     if rank.is_first:

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, JsonValue
+from pydantic import Field
 
-from hpcft.config.common import DottedPath, Elements, Resources
+from hpcft.config.common import Resources
+from hpcft.config.reference import Label, Reference
 from hpcft.config.training import Train
 from hpcft.config.validate import (
     Count,
@@ -34,26 +35,28 @@ from hpcft.errors import UserError
 
 # What says only how patiently and with what resources a campaign is computed: it may change while one goes on.
 PATIENCE_KEYS = frozenset(
-    {"max_attempts", "max_interruptions", "tolerated_failures", "time_limit_s", "time_min", "memory_GB"}
+    {
+        "max_attempts",
+        "max_interruptions",
+        "tolerated_failures",
+        "time_limit_s",
+        "memory_limit_GB",
+        "time_min",
+        "memory_GB",
+        "cpus_per_rank",
+        "command",
+        "environment",
+        "ladder",
+        "workers",
+        "ranks_per_calculation",
+        "store",
+    }
 )
 
 StageName = Literal["explore", "select", "label", "train", "probe", "reference", "evaluate"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 
 _ROUNDING = 1e-9  # 100 * (1 - 0.9) is 9.999999999999998 and means 10
-
-
-class Reference(Section):
-    """The calculator whose energies, forces and stresses count as the truth."""
-
-    calculator: DottedPath
-    """Dotted path of an ASE calculator class, such as ase.calculators.emt.EMT."""
-    arguments: dict[str, JsonValue] = Field(default_factory=dict)
-    """Keyword arguments of the calculator."""
-    elements: Elements | None = None
-    """Chemical symbols that the reference knows; left out: the calculator is asked."""
-    time_limit_s: Annotated[Positive, Unit("s")] = 3600.0
-    """Time after which one calculation is stopped and counts as failed, in seconds."""
 
 
 class Explore(Section):
@@ -124,17 +127,6 @@ class Select(Section):
     """What the task asks of the machine."""
 
 
-class Label(Section):
-    """Reference calculations of the selected frames."""
-
-    shards: Count = 1
-    """Tasks over which the frames are spread."""
-    tolerated_failures: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Fraction of a stage's reference calculations, and of its tasks, that may fail for good before the campaign stops."""
-    resources: Resources = Resources()
-    """What one task asks of the machine."""
-
-
 class Relaxations(Section):
     """Structures that the reference relaxes once: what the model's own relaxations are compared with."""
 
@@ -146,6 +138,8 @@ class Relaxations(Section):
     """Largest force on an atom at which a structure counts as relaxed, in eV/Å."""
     max_steps: Count = 300
     """Steps after which a relaxation gives up."""
+    learn_frames: bool = False
+    """Whether the frames on the way of the training relaxations are labels to train on, like those of explore."""
     cell: bool = False
     """Whether the cell relaxes with the atoms, at zero pressure; all are periodic in all directions then."""
 

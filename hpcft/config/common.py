@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator, Strict
@@ -15,6 +16,9 @@ SYMBOLS = frozenset(
     "La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra "
     "Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og".split()
 )
+
+# As whole words: TOKENIZERS_PARALLELISM is no secret.
+_SECRET = re.compile(r"(TOKEN|SECRETS?|PASSWORDS?|PASSWD|API_?KEYS?|CREDENTIALS?)(?![A-Z0-9])", re.IGNORECASE)
 
 
 def _elements(symbols: tuple[str, ...]) -> tuple[str, ...]:
@@ -30,6 +34,15 @@ def _elements(symbols: tuple[str, ...]) -> tuple[str, ...]:
     return symbols
 
 
+def _variable_name(name: str) -> str:
+    if _SECRET.search(name):
+        raise ValueError(
+            "looks like a secret, and others can read site.json and batch scripts; delete it here and export it in the "
+            "shell that starts hpcft: sbatch hands that on to the jobs"
+        )
+    return name
+
+
 Elements = Annotated[tuple[str, ...], Strict(False), AfterValidator(_elements)]
 DottedPath = Annotated[
     str,
@@ -37,6 +50,14 @@ DottedPath = Annotated[
         r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+",
         "name a class with its module, such as ase.calculators.emt.EMT",
     ),
+]
+
+VariableName = Annotated[
+    str,
+    matching(
+        r"[A-Za-z_][A-Za-z0-9_]*", "a variable's name has A-Z a-z 0-9 _ and does not begin with a digit"
+    ),
+    AfterValidator(_variable_name),
 ]
 
 

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from hpcft.config.campaign import Reference
 from hpcft.config.common import Elements
+from hpcft.config.reference import Reference
 from hpcft.config.training import Optimisation
 from hpcft.config.validate import (
     Count,

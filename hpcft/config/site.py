@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from hpcft.config.campaign import StageName
+from hpcft.config.common import VariableName
 from hpcft.config.validate import (
     Count,
     Name,
@@ -41,9 +42,6 @@ _SLURM_EXECUTABLES = ("sbatch", "squeue", "scancel", "scontrol", "srun")
 JOBSCRIPTS = Path(__file__).parents[2] / "jobscripts"
 """What `{jobscripts}` stands for: the scripts that run inside jobs lie beside the package, not in it."""
 _PLACEHOLDER = re.compile(r"(?<!\$)\{(jobscripts|python)\}")  # ${python} is a variable of the shell
-
-# As whole words: TOKENIZERS_PARALLELISM is no secret.
-_SECRET = re.compile(r"(TOKEN|SECRETS?|PASSWORDS?|PASSWD|API_?KEYS?|CREDENTIALS?)(?![A-Z0-9])", re.IGNORECASE)
 
 _OWN_KEYS = {"partition", "account", "qos", "constraint", "wckey"}
 _SET_BY_HPCFT = {
@@ -85,15 +83,6 @@ def _option_value(value: object) -> str | int | bool:
     if isinstance(value, str) and not value.isprintable():
         raise ValueError(f"{shown(value)} is not allowed: it must be one line without control characters")
     return value
-
-
-def _variable_name(name: str) -> str:
-    if _SECRET.search(name):
-        raise ValueError(
-            "looks like a secret, and others can read site.json and batch scripts; delete it here and export it in the "
-            "shell that starts hpcft: sbatch hands that on to the jobs"
-        )
-    return name
 
 
 def filled_in(text: str, jobscripts: Path, quoted: Callable[[str], str] = str) -> str:
@@ -138,13 +127,6 @@ OptionName = Annotated[
     AfterValidator(_option_name),
 ]
 OptionValue = Annotated[str | int | bool, PlainValidator(_option_value)]
-VariableName = Annotated[
-    str,
-    matching(
-        r"[A-Za-z_][A-Za-z0-9_]*", "a variable's name has A-Z a-z 0-9 _ and does not begin with a digit"
-    ),
-    AfterValidator(_variable_name),
-]
 Word = Annotated[OneLine, AfterValidator(_word)]
 Words = Annotated[tuple[Word, ...], Strict(False)]
 ShellLines = Annotated[tuple[Annotated[OneLine, AfterValidator(_shell_line)], ...], Strict(False)]
@@ -218,6 +200,9 @@ class Site(Section):
     """Tasks that run at once; left out: one for each core (local), or no limit (slurm)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the model; auto: a GPU where the task finds one."""
+    mpi: Words = ()
+    """Words that start the MPI ranks of a reference code inside a task, such as [srun, --overlap, -n, "{ranks}"].
+    Left out: {jobscripts}/mpi-here, Open MPI on the task's own node."""
     poll_s: Annotated[Positive, Unit("s")] | None = None
     """Time between two looks at running tasks in seconds; left out: 0.5 (local) or 10 (slurm)."""
     patience_min: Annotated[Positive, Unit("min")] = 1440.0
@@ -240,6 +225,11 @@ class Site(Section):
         """Time between two looks at running tasks in seconds, given or by default."""
         return self.poll_s or (0.5 if self.executor == "local" else 10.0)
 
+    @property
+    def mpi_launcher(self) -> tuple[str, ...]:
+        """The words of `mpi`, given or by default."""
+        return self.mpi or (str(JOBSCRIPTS / "mpi-here"), "{ranks}")
+
     def task_limit(self, num_cores: int | None = None) -> int | None:
         """Tasks that may run at once, None: no limit; `num_cores` by default are those that we may use."""
         if self.max_running_tasks is not None or self.executor == "slurm":
@@ -260,6 +250,11 @@ class Site(Section):
         return self.slurm.model_copy(update=changes)
 
     def _problems(self) -> Iterator[tuple[KeyPath, str]]:
+        if self.mpi and not any("{ranks}" in word for word in self.mpi):
+            yield (
+                ("mpi",),
+                "does not say where the number of ranks goes; write {ranks} among its words, in quotes",
+            )
         if self.executor == "slurm" and self.slurm is None:
             yield (
                 ("executor",),

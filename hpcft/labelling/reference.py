@@ -9,12 +9,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ase.data import atomic_numbers, chemical_symbols
 
+from hpcft.config.reference import Reference as ReferenceConfig
 from hpcft.errors import UserError
 from hpcft.labelling.dotted_path import nearest, resolve
+from hpcft.labelling.presets import MPI, PRESETS, Preset
 from hpcft.labelling.settings import ESPRESSO, canonical, merged, refuse_unconverged
 
 # hpcft gives each calculation a new folder and a new start, so that no label depends on the one before.
@@ -23,12 +25,14 @@ _NOT_FOR_USERS = {"directory", "restart", "atoms"}
 
 @dataclass(frozen=True)
 class Reference:
-    """A calculator by its dotted path, its keyword arguments, and what bounds one calculation.
+    """A calculator by its dotted path, its keyword arguments, what a label holds, and what bounds one calculation.
 
     `elements` are the chemical symbols that it can do, for calculators that accept any element silently.
     `time_limit_s` is for one reference calculation: a relaxation may take it anew in every step. `ladder`
     holds arguments to merge over `arguments`, one after the other, when the self-consistent field does not
     converge; every rung must stand for the same physics, because the key of a label does not depend on it.
+    `properties` are asked for beside energy, forces and stress. `energy`: the one from which the forces derive, or
+    that extrapolated to zero smearing. `memory_limit_GB` bounds one calculation with all its processes.
     """
 
     calculator: str
@@ -36,6 +40,10 @@ class Reference:
     elements: tuple[str, ...] | None = None
     time_limit_s: float = 3600.0
     ladder: tuple[Mapping[str, Any], ...] = ()
+    properties: tuple[str, ...] = ()
+    energy: Literal["free", "extrapolated"] = "free"
+    environment: Mapping[str, str] = field(default_factory=dict)
+    memory_limit_GB: float | None = None
 
     def __post_init__(self) -> None:
         if "." not in self.calculator:
@@ -72,7 +80,16 @@ class Reference:
             arguments["profile"] = {
                 key: value for key, value in arguments["profile"].items() if key != "command"
             }
-        settings = {"calculator": self.calculator, "arguments": canonical(arguments, self.calculator)}
+        arguments.pop("command", None)
+        settings: dict[str, Any] = {
+            "calculator": self.calculator,
+            "arguments": canonical(arguments, self.calculator),
+        }
+        # Only where they differ from the default, so that labels of before keep their keys.
+        if self.properties:
+            settings["properties"] = sorted(self.properties)
+        if self.energy != "free":
+            settings["energy"] = self.energy
         return hashlib.sha256(json.dumps(settings, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
     def rungs(self) -> Iterator[Mapping[str, Any]]:
@@ -84,6 +101,33 @@ class Reference:
     def at_rung(self, arguments: Mapping[str, Any]) -> Reference:
         """This reference with the arguments of one rung, and no further ladder."""
         return replace(self, arguments=arguments, ladder=())
+
+
+def reference_from(config: ReferenceConfig, mpi: str = "") -> Reference:
+    """The reference that a user's settings describe: a short name spelt out, and `mpi` for {mpi} in its command."""
+    preset = PRESETS.get(config.calculator)
+    if preset is None:
+        if config.command is not None:
+            raise UserError(
+                f"reference.command is for short names ({', '.join(PRESETS)}); write the command of {config.calculator} "
+                "where it stands in its arguments"
+            )
+        preset = Preset(config.calculator)
+    arguments = merged(preset.arguments, config.arguments)
+    command = config.command or preset.command
+    if command is not None:
+        arguments = dict(preset.with_command(arguments, command.replace(MPI, mpi).strip()))
+    return Reference(
+        preset.calculator,
+        arguments,
+        config.elements,
+        config.time_limit_s,
+        preset.ladder if config.ladder is None else config.ladder,
+        tuple(config.properties),
+        config.energy,
+        dict(config.environment),
+        config.memory_limit_GB,
+    )
 
 
 def build_calculator(reference: Reference, directory: Path) -> Any:

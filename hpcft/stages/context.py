@@ -25,6 +25,8 @@ class StageContext:
     round: int
     stage: str
     device: str = "auto"
+    mpi: tuple[str, ...] = ()
+    """The site's words that start a reference code's MPI ranks, with {ranks} among them."""
 
     @property
     def here(self) -> StageFolder:

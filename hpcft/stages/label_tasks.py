@@ -13,7 +13,8 @@ from hpcft.labelling.causes import Failure
 from hpcft.labelling.item import Item, item_key
 from hpcft.labelling.journal import read_journals
 from hpcft.labelling.label import Label
-from hpcft.labelling.reference import Reference
+from hpcft.labelling.presets import launcher
+from hpcft.labelling.reference import Reference, reference_from
 from hpcft.labelling.shard import finish_shard, read_shard
 from hpcft.labelling.store import LabelStore
 from hpcft.labelling.worker import label_items
@@ -42,8 +43,9 @@ def count_relaxations(context: StageContext, which: str) -> int:
 
 
 def reference_of(context: StageContext) -> Reference:
-    wish = context.campaign.reference
-    return Reference(wish.calculator, wish.arguments, wish.elements, wish.time_limit_s)
+    return reference_from(
+        context.campaign.reference, launcher(context.mpi, context.campaign.label.ranks_per_calculation)
+    )
 
 
 def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str) -> dict[str, Any]:

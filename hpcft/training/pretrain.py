@@ -17,7 +17,7 @@ from ase.data import atomic_numbers
 from hpcft.config.pretrain import Recipe
 from hpcft.errors import UserError
 from hpcft.labelling.label import compute_label
-from hpcft.labelling.reference import Reference, build_calculator, unknown_elements
+from hpcft.labelling.reference import build_calculator, reference_from, unknown_elements
 from hpcft.models.graph import build_graph
 from hpcft.models.mace import MacePotential, build_mace
 from hpcft.models.protocol import Potential
@@ -40,7 +40,7 @@ class Pretrained:
 
 def pretrain(recipe: Recipe, progress: Callable[[str], None] = print) -> Pretrained:
     """Make, label and learn the crystals of `recipe`; the same recipe gives the same model on the same machine."""
-    reference = Reference(recipe.reference.calculator, recipe.reference.arguments, recipe.reference.elements)
+    reference = reference_from(recipe.reference)
     unknown = unknown_elements(reference, [atomic_numbers[symbol] for symbol in recipe.elements])
     if unknown:
         raise UserError(
