@@ -66,7 +66,7 @@ def planned_campaign(root: Path) -> CampaignFolder:
     stage.outcomes.mkdir()
     config = Campaign.model_validate(CONFIG).model_dump(mode="json")
     write_json(folder.identity, {"name": "small", "rounds": 1, "config": config})
-    write_json(folder.site, {"device": "cpu"})
+    write_json(folder.site, {"name": "here", "executor": "local", "device": "cpu"})
     plan(folder, *({"answer": number} for number in (40, 41, 42)))
     intend(folder, 1, 0, 1, 2)
     return folder
