@@ -39,7 +39,13 @@ def finish_shard(folder: Path, attributes: Mapping[str, Any] | None = None) -> P
     May be repeated at any time, also with items missing: the same journals give the same files. `attributes`
     become the provenance of the HDF5 files.
     """
-    records = list(read_journals(folder).values())
+    return publish_shard(folder, list(read_journals(folder).values()), attributes)
+
+
+def publish_shard(
+    folder: Path, records: Sequence[Record], attributes: Mapping[str, Any] | None = None
+) -> Path:
+    """As `finish_shard`, of records that stand in no journal."""
     _refuse_to_forget(folder, records)
     labels = [record for record in records if isinstance(record.result, Label)]
     relaxations = [record for record in records if isinstance(record.result, Relaxation)]

@@ -85,7 +85,7 @@ class LabelStore:
         wanted = WantedKeys(keys)
         shards: list[Path] = []
         shard_w = np.full(len(wanted), -1)
-        for index in self._indices():
+        for index in self._indices() if len(wanted) else ():
             rows_w, numbers, places = look_up(index, wanted)
             new = np.full(max(places, default=0) + 1, -1)
             for number, place in places.items():

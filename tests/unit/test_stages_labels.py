@@ -201,3 +201,53 @@ def test_stages_that_follow_see_only_tasks_with_a_result(folder: CampaignFolder)
     tidy(here.here)
     assert [task.index for task in here.tasks_of("label")] == [0]
     assert [result["done"] for result in here.results()] == [4]
+
+
+def campaign_folder(root: Path) -> CampaignFolder:
+    folder = CampaignFolder(root)
+    folder.inputs.mkdir(parents=True)
+    write_json(folder.identity, {"name": root.name, "rounds": 2, "foundation_file": "foundation.model"})
+    return folder
+
+
+def label_stage(folder: CampaignFolder, frames: list[Atoms], **changes: Any) -> StageContext:
+    """Round 1's label stage in one task, labelled and collected."""
+    here = context(folder, 1, "label", **changes)
+    here.here.path.mkdir(parents=True)
+    [payload] = shards(len(frames), 0, 1)
+    write_json(here.here.plan, {"tasks": [payload]})
+    result = label(here, 0, frames, payload)
+    here.here.outcomes.mkdir()
+    write_json(here.here.task(0).result, result)
+    write_json(here.here.product, {**collect_shards(here), "tasks": 1})
+    return here
+
+
+def test_what_one_campaign_has_paid_for_another_that_shares_its_store_takes_over_and_keeps(
+    tmp_path: Path,
+) -> None:
+    first, second = campaign_folder(tmp_path / "first"), campaign_folder(tmp_path / "second")
+    sharing = {"label": {"store": str(tmp_path / "shared")}}
+    frames = [copper(1), copper(2)]
+    paid = label_stage(first, frames, **sharing)
+    taken = label_stage(second, frames, **sharing)
+    [before, after] = [read_structures(c.here.task(0).path / "labels.h5") for c in (paid, taken)]
+    assert [bool(atoms.info["found"]) for atoms in before] == [False, False]
+    assert [bool(atoms.info["found"]) for atoms in after] == [True, True]
+    assert [atoms.info["REF_energy"] for atoms in after] == [atoms.info["REF_energy"] for atoms in before]
+
+    first.root.rename(tmp_path / "gone")
+    keys = [item_key(Item.single_point(frame), reference_of(taken)) for frame in frames]
+    assert set(LabelStore(second.labels).find(keys)) == set(keys), "the second campaign stands alone"
+    assert set(LabelStore(tmp_path / "shared").find(keys)) == set(keys), "and others find it there"
+
+
+def test_campaigns_that_share_no_store_or_no_reference_pay_each_for_their_own_labels(tmp_path: Path) -> None:
+    frames = [copper(1)]
+    sharing = {"label": {"store": str(tmp_path / "shared")}}
+    label_stage(campaign_folder(tmp_path / "first"), frames, **sharing)
+    other = {"reference": {"calculator": "ase.calculators.emt.EMT", "arguments": {"asap_cutoff": True}}}
+    for name, changes in (("alone", {}), ("other", {**sharing, **other})):
+        here = label_stage(campaign_folder(tmp_path / name), frames, **changes)
+        [labelled] = read_structures(here.here.task(0).path / "labels.h5")
+        assert not labelled.info["found"], name
