@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from hpcft.errors import LabelError
 from hpcft.labelling.causes import calculator_errors
 from hpcft.labelling.item import plain_structure
+from hpcft.labelling.sanity import symmetric_voigt
 
 Array = NDArray[np.float64]
 EnergyKind = Literal["free_energy", "energy"]
@@ -75,7 +76,7 @@ def compute_label(atoms: Atoms, calculator: Any) -> Label:
     forces_n3 = _array(results, "forces", (len(structure), 3))
     stress_6 = None if results.get("stress") is None else _voigt(results["stress"])
     check_finite(energy, forces_n3, stress_6)
-    _check_net_force(forces_n3)
+    check_net_force(forces_n3)
     return Label(energy, kind, forces_n3, stress_6)
 
 
@@ -118,7 +119,7 @@ def relax(
             max_force = float(np.linalg.norm(forces_n3, axis=1).max())
             if on_step is not None:
                 on_step()
-    _check_net_force(forces_n3)
+    check_net_force(forces_n3)
     return Relaxation(
         start=start,
         relaxed=plain_structure(moving),
@@ -221,11 +222,12 @@ def _array(results: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Arr
 def _voigt(stress: Any) -> Array:
     stress = np.array(stress, dtype=np.float64)
     if stress.shape == (3, 3):
-        return np.array(stress.ravel()[[0, 4, 8, 5, 2, 1]])
+        return symmetric_voigt(stress)
     return _array({"stress": stress}, "stress", (6,))
 
 
-def _check_net_force(forces_n3: Array) -> None:
+def check_net_force(forces_n3: Array) -> None:
+    """LabelError for forces that do not add up to zero, as those of an isolated system do."""
     net = float(np.linalg.norm(forces_n3.sum(axis=0)))
     total = float(np.linalg.norm(forces_n3, axis=1).sum())
     if net > _NET_FORCE_SHARE * total and net > _NET_FORCE_PER_ATOM * len(forces_n3):

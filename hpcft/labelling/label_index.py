@@ -101,7 +101,11 @@ def look_up(path: Path, wanted: WantedKeys) -> tuple[Array, Array, dict[int, Pla
         shards = np.concatenate([np.empty(0, np.int64), *(numbers for _, numbers in pairs)])
         held = np.unique(shards).tolist()
         columns = [file[name].asstr()[:] if held else () for name in Place._fields]
-        return rows_w, shards, {number: Place(*(str(column[number]) for column in columns)) for number in held}
+        return (
+            rows_w,
+            shards,
+            {number: Place(*(str(column[number]) for column in columns)) for number in held},
+        )
 
 
 def _many(file: Any, wanted: WantedKeys) -> Iterator[tuple[Array, Array]]:

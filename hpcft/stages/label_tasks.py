@@ -20,6 +20,7 @@ from hpcft.labelling.shard import finish_shard, read_shard
 from hpcft.labelling.store import LabelStore
 from hpcft.labelling.worker import label_items
 from hpcft.stages.context import StageContext, TaskContext
+from hpcft.stages.quarantine import find_suspects
 from hpcft.stages.sharing import every, numbers_of
 from hpcft.storage.atomic import read_json
 from hpcft.storage.campaign_folder import RETRY_FAILURES, CampaignFolder
@@ -142,6 +143,7 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
         "causes": causes,
         "relaxations": relaxations,
         "frames_done": frames,
+        "suspects": find_suspects(context),
     }
 
 
