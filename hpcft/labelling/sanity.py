@@ -102,13 +102,17 @@ class LabelTable:
             counts_sk = np.zeros((len(table), len(numbers_k)), dtype=int)
             counts_sk[:, np.searchsorted(numbers_k, table.numbers_k)] = table.counts_sk
             counts.append(counts_sk)
-        columns = [
-            np.concatenate([np.empty(0), *(getattr(table, name) for table in tables)])
-            for name in ("energies_s", "max_forces_s", "mean_forces_s")
-        ]
-        keys = [key for table in tables for key in table.keys]
+
+        def column(name: str) -> Array:
+            return np.concatenate([np.empty(0), *(getattr(table, name) for table in tables)])
+
         return cls(
-            keys, *columns, numbers_k, np.concatenate([np.zeros((0, len(numbers_k)), dtype=int), *counts])
+            [key for table in tables for key in table.keys],
+            column("energies_s"),
+            column("max_forces_s"),
+            column("mean_forces_s"),
+            numbers_k,
+            np.concatenate([np.zeros((0, len(numbers_k)), dtype=int), *counts]),
         )
 
 

@@ -61,7 +61,7 @@ def label_notes(results: Sequence[RoundResult], folder: Path) -> list[str]:
     if not count:
         return []
     return [
-        f"{count} label{'s' * (count != 1)} so far look{'s' * (count == 1)} wrong: listed under \"suspects\" in product.json of "
+        f'{count} label{"s" * (count != 1)} so far look{"s" * (count == 1)} wrong: listed under "suspects" in product.json of '
         f"{folder}/round-*/label and reference, and kept from training and judging unless label.quarantine is false"
     ]
 

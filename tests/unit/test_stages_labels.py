@@ -268,7 +268,9 @@ def collected(here: StageContext) -> StageContext:
     return here
 
 
-def test_a_label_with_a_wrong_energy_is_quarantined_until_the_user_releases_it(folder: CampaignFolder) -> None:
+def test_a_label_with_a_wrong_energy_is_quarantined_until_the_user_releases_it(
+    folder: CampaignFolder,
+) -> None:
     frames = [copper(seed) for seed in range(12)]
     here = label_stage(folder, frames)
     assert read_json(here.here.product)["suspects"] == [], "sane labels are no suspects"
