@@ -59,7 +59,7 @@ def outcar(structures: Sequence[Atoms], converged: Sequence[bool]) -> str:
     symbol = first.get_chemical_symbols()[0]
     header = (
         f" vasp.6.4.2 20Jul23\n POTCAR:    PAW_PBE {symbol} 05Jan2001\n POTCAR:    PAW_PBE {symbol} 05Jan2001\n"
-        f"   ions per type = {len(first)}\n   k-points           NKPTS =      1   k-points in BZ   NKDIM =      1   number of bands  NBANDS=      8\n"
+        f"   ions per type = {len(first)}\n   k-points  NKPTS = 1   k-points in BZ  NKDIM = 1  number of bands  NBANDS= 8\n"
         " k-points in reciprocal lattice and weights: gamma\n   0.0  0.0  0.0  1.0\n"
         "   ISPIN  =      1    spin polarized calculation?\n"
     )
