@@ -2,14 +2,18 @@
 
 `labels.h5`: structures with info REF_energy, REF_stress (a row of NaN for a structure without stress among
 others with it; absent if no structure has one), key, index, energy_kind, wall_s, rung, found; arrays
-REF_forces. `relaxations.h5`: start structures with info energy_start, energy_relaxed, num_steps, max_force
-and the same bookkeeping; arrays relaxed_positions (not wrapped), info relaxed_cell. Either file is absent while it would be
-empty. `shard.json` lists the keys of both, row by row.
+REF_forces; where they were asked for, arrays REF_magmoms and REF_charges and info REF_dipole. `relaxations.h5`: start
+structures with info energy_start, energy_relaxed, num_steps, max_force and the same bookkeeping; arrays
+relaxed_positions (not wrapped), info relaxed_cell. `relaxation-frames.h5`: the labels on the way of the relaxations, also of
+those that failed, as in labels.h5, with the relaxation's index and the step. `failed-outputs.gz`: what the calculations printed
+that failed. A file is absent while it would be empty. `shard.json` lists the keys, row by row.
 """
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +23,22 @@ from ase import Atoms
 from hpcft.errors import UserError
 from hpcft.labelling.causes import Failure
 from hpcft.labelling.item import Kind, plain_structure
-from hpcft.labelling.journal import Record, read_journals
-from hpcft.labelling.label import Label, Relaxation
-from hpcft.storage.atomic import read_json, write_json
+from hpcft.labelling.journal import Record, list_journals
+from hpcft.labelling.label import EXTRA_SHAPES, Label, Relaxation
+from hpcft.storage.atomic import read_json, write_bytes, write_json
 from hpcft.storage.structures import read_structures, write_structures
 
 SHARD_FILE = "shard.json"
 LABELS_FILE = "labels.h5"
 RELAXATIONS_FILE = "relaxations.h5"
+FRAMES_FILE = "relaxation-frames.h5"
 FAILURES_FILE = "failures.json"
+OUTPUTS_FILE = "failed-outputs.gz"
 
 _BOOKKEEPING = ("index", "key", "wall_s", "rung", "attempt", "found")
+_SHOWN_OUTPUT = (
+    4_000  # characters of a failure's output that stand in failures.json; the rest is in failed-outputs.gz
+)
 _RELAXATION_VALUES = ("energy_start", "energy_relaxed", "num_steps", "max_force")
 
 
@@ -39,25 +48,29 @@ def finish_shard(folder: Path, attributes: Mapping[str, Any] | None = None) -> P
     May be repeated at any time, also with items missing: the same journals give the same files. `attributes`
     become the provenance of the HDF5 files.
     """
-    records = list(read_journals(folder).values())
+    listing = list_journals(folder)
+    records = [entry.read() for entry in listing.items.values()]
     _refuse_to_forget(folder, records)
+    frames = [entry.read() for of in listing.frames.values() for entry in of]
     labels = [record for record in records if isinstance(record.result, Label)]
     relaxations = [record for record in records if isinstance(record.result, Relaxation)]
     failures = [record for record in records if isinstance(record.result, Failure)]
-    if labels:
-        with_stress = any(
-            record.result.stress_6 is not None for record in labels if isinstance(record.result, Label)
-        )
-        structures = [_labelled(record, with_stress) for record in labels]
-        write_structures(folder / LABELS_FILE, _same_arrays(structures), attributes)
-    if relaxations:
-        structures = [_relaxed(record) for record in relaxations]
-        write_structures(folder / RELAXATIONS_FILE, _same_arrays(structures), attributes)
+    rows = {
+        LABELS_FILE: _labelled(labels),
+        RELAXATIONS_FILE: [_relaxed(record) for record in relaxations],
+        FRAMES_FILE: _labelled(frames),
+    }
+    for name, structures in rows.items():
+        if structures:
+            write_structures(folder / name, _same_arrays(structures), attributes)
     write_json(folder / FAILURES_FILE, [_failed(record) for record in failures])
+    if failures:
+        write_bytes(folder / OUTPUTS_FILE, _outputs(failures))
     contents = {
         "format": 1,
         "labels": [record.key for record in labels],
         "relaxations": [record.key for record in relaxations],
+        "frames": [record.key for record in frames],
         "num_failures": len(failures),
     }
     write_json(folder / SHARD_FILE, contents)
@@ -85,6 +98,12 @@ def read_shard(folder: Path) -> list[Record]:
     return sorted(records, key=lambda record: record.index)
 
 
+def read_frames(folder: Path) -> list[Record]:
+    """The labels on the way of a published shard's relaxations, by item index and step."""
+    keys = read_json(folder / SHARD_FILE).get("frames", [])
+    return _read(folder / FRAMES_FILE, keys, _label_record)
+
+
 def _read(path: Path, keys: Sequence[str], to_record: Callable[[Atoms], Record]) -> list[Record]:
     if not keys:
         return []
@@ -98,18 +117,26 @@ def _read(path: Path, keys: Sequence[str], to_record: Callable[[Atoms], Record])
     return records
 
 
-def _labelled(record: Record, with_stress: bool) -> Atoms:
-    assert record.atoms is not None and isinstance(record.result, Label)
-    atoms = record.atoms.copy()
-    atoms.info = _bookkeeping(record) | {
-        "REF_energy": record.result.energy,
-        "energy_kind": record.result.energy_kind,
-    }
-    if with_stress:
-        stress_6 = record.result.stress_6
-        atoms.info["REF_stress"] = np.full(6, np.nan) if stress_6 is None else stress_6
-    atoms.set_array("REF_forces", record.result.forces_n3)
-    return atoms
+def _labelled(records: Sequence[Record]) -> list[Atoms]:
+    results = [record.result for record in records if isinstance(record.result, Label)]
+    with_stress = any(label.stress_6 is not None for label in results)
+    structures = []
+    for record, label in zip(records, results, strict=True):
+        assert record.atoms is not None
+        atoms = record.atoms.copy()
+        atoms.info = _bookkeeping(record) | {"REF_energy": label.energy, "energy_kind": label.energy_kind}
+        if record.step is not None:
+            atoms.info["step"] = record.step
+        if with_stress:
+            atoms.info["REF_stress"] = np.full(6, np.nan) if label.stress_6 is None else label.stress_6
+        atoms.set_array("REF_forces", label.forces_n3)
+        for name, values in label.extra.items():
+            if EXTRA_SHAPES[name] is not None:
+                atoms.info[f"REF_{name}"] = values
+            else:
+                atoms.set_array(f"REF_{name}", values)
+        structures.append(atoms)
+    return structures
 
 
 def _relaxed(record: Record) -> Atoms:
@@ -124,7 +151,18 @@ def _relaxed(record: Record) -> Atoms:
 
 def _failed(record: Record) -> dict[str, Any]:
     names = ("index", "key", "kind", "wall_s", "attempt")
-    return {name: getattr(record, name) for name in names} | vars(record.result)
+    entry = {name: getattr(record, name) for name in names} | vars(record.result)
+    entry["output"] = entry["output"][-_SHOWN_OUTPUT:]
+    return entry | {"tries": [vars(one) for one in record.tries]}
+
+
+def _outputs(failures: Sequence[Record]) -> bytes:
+    text = (
+        f"===== item {record.index}: {record.result.cause} =====\n{record.result.output}\n"
+        for record in failures
+        if isinstance(record.result, Failure)
+    )
+    return gzip.compress("".join(text).encode(), mtime=0)
 
 
 def _bookkeeping(record: Record) -> dict[str, Any]:
@@ -143,13 +181,15 @@ def _same_arrays(structures: Sequence[Atoms]) -> list[Atoms]:
 def _label_record(atoms: Atoms) -> Record:
     info = atoms.info
     stress_6 = info.get("REF_stress")
+    columns = {**info, **atoms.arrays}
     label = Label(
         energy=float(info["REF_energy"]),
         energy_kind=info["energy_kind"],
         forces_n3=atoms.arrays["REF_forces"],
         stress_6=None if stress_6 is None or np.isnan(stress_6).all() else np.asarray(stress_6),
+        extra={name: np.asarray(columns[f"REF_{name}"]) for name in EXTRA_SHAPES if f"REF_{name}" in columns},
     )
-    return _record(atoms, "single-point", label)
+    return replace(_record(atoms, "single-point", label), step=info.get("step"))
 
 
 def _relaxation_record(atoms: Atoms) -> Record:

@@ -70,7 +70,15 @@ def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str
     start = time.monotonic()
     retry = task.path / RETRY_FAILURES
     causes = {*(read_json(retry)["causes"] if retry.exists() else ()), "interrupted"}
-    summary = label_items(items, reference, task.path, known=known, attempt=task.attempt, retry_causes=causes)
+    summary = label_items(
+        items,
+        reference,
+        task.path,
+        known=known,
+        attempt=task.attempt,
+        workers=context.campaign.label.workers,
+        retry_causes=causes,
+    )
     task.ensure_owned()
     finish_shard(task.path, {"campaign": context.campaign.name, "reference": reference.calculator})
     retry.unlink(missing_ok=True)
