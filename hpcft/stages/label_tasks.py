@@ -15,7 +15,7 @@ from hpcft.labelling.journal import read_journals
 from hpcft.labelling.label import Label
 from hpcft.labelling.presets import launcher
 from hpcft.labelling.reference import Reference, reference_from
-from hpcft.labelling.shard import finish_shard, read_shard
+from hpcft.labelling.shard import SHARD_FILE, finish_shard, read_shard
 from hpcft.labelling.store import LabelStore
 from hpcft.labelling.worker import label_items
 from hpcft.stages.context import StageContext, TaskContext
@@ -88,6 +88,7 @@ def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str
         "done": summary.num_done,
         "failed": summary.num_failed,
         "frames_done": num_frames,
+        "relaxation_frames": len(read_json(task.path / SHARD_FILE)["frames"]),
         "causes": dict(summary.causes),
         "wall_s": time.monotonic() - start,
     }
@@ -124,6 +125,8 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
     done = sum(result["done"] for result in results)
     relaxations = sum(len(numbers_of(payload["relaxations"])) for payload in context.plan())
     frames = sum(result["frames_done"] for result in results)
+    if context.campaign.relaxations.learn_frames and context.stage == "label":
+        frames += sum(result.get("relaxation_frames", 0) for result in results)
     return {
         "items": items,
         "done": done,
