@@ -27,6 +27,8 @@ from hpcft.labelling.item import Kind
 from hpcft.labelling.label import Label, Relaxation
 
 _LONG_OUTPUT = 1000
+_ALWAYS = {"numbers", "positions", "cell", "pbc"}
+_COLUMNS: dict[frozenset[str], frozenset[str]] = {}
 _JOURNAL_NAME = re.compile(r"journal-(\d+)\.jsonl")
 
 log = logging.getLogger(__name__)
@@ -62,12 +64,17 @@ class Record:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a record stands in a journal, and what must be known of it to go on. `cause`: of a failure, else None."""
+    """Where a record stands in a journal, and what must be known of it to go on.
+
+    `cause` is that of a failure, else None; `columns` names what a structure or its label has that others may lack.
+    """
 
     index: int
     key: str
+    kind: Kind
     cause: str | None
     step: int | None
+    columns: frozenset[str]
     path: Path
     offset: int
     length: int
@@ -184,11 +191,21 @@ def _entries_of(path: Path) -> tuple[list[Entry], int]:
             if body is None:
                 num_damaged += 1
             else:
-                cause = body["failure"]["cause"] if "failure" in body else None
-                where = (path, offset, len(line) - 1)
-                entries.append(Entry(body["index"], body["key"], cause, body.get("step"), *where))
+                entries.append(_entry(body, path, offset, len(line) - 1))
             offset += len(line)
     return entries, num_damaged
+
+
+def _entry(body: Mapping[str, Any], path: Path, offset: int, length: int) -> Entry:
+    cause = body["failure"]["cause"] if "failure" in body else None
+    columns = set(body.get("structure", ())) - _ALWAYS
+    label = body.get("label", {})
+    columns |= {"stress"} if label.get("stress") is not None else set()
+    # One set for all that are alike: there may be a hundred thousand.
+    shared = _COLUMNS.setdefault(frozenset(columns), frozenset(columns))
+    return Entry(
+        body["index"], body["key"], body["kind"], cause, body.get("step"), shared, path, offset, length
+    )
 
 
 def encode_line(record: Record) -> bytes:
@@ -302,9 +319,8 @@ def _structure_as_json(atoms: Atoms) -> dict[str, Any]:
 
 
 def _structure_from_json(structure: Mapping[str, Any]) -> Atoms:
-    names = {"numbers", "positions", "cell", "pbc"}
-    atoms = Atoms(**{name: structure[name] for name in names})
-    for name in structure.keys() - names:
+    atoms = Atoms(**{name: structure[name] for name in _ALWAYS})
+    for name in structure.keys() - _ALWAYS:
         atoms.set_array(name, np.array(structure[name], dtype=np.float64))
     return atoms
 

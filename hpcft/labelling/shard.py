@@ -23,10 +23,10 @@ from ase import Atoms
 from hpcft.errors import UserError
 from hpcft.labelling.causes import Failure
 from hpcft.labelling.item import Kind, plain_structure
-from hpcft.labelling.journal import Record, list_journals
+from hpcft.labelling.journal import Entry, Listing, Record, list_journals
 from hpcft.labelling.label import EXTRA_SHAPES, Label, Relaxation
 from hpcft.storage.atomic import read_json, write_bytes, write_json
-from hpcft.storage.structures import read_structures, write_structures
+from hpcft.storage.structures import read_structures, write_structures_in_blocks
 
 SHARD_FILE = "shard.json"
 LABELS_FILE = "labels.h5"
@@ -36,9 +36,9 @@ FAILURES_FILE = "failures.json"
 OUTPUTS_FILE = "failed-outputs.gz"
 
 _BOOKKEEPING = ("index", "key", "wall_s", "rung", "attempt", "found")
-_SHOWN_OUTPUT = (
-    4_000  # characters of a failure's output that stand in failures.json; the rest is in failed-outputs.gz
-)
+_BLOCK = 1_000  # structures in memory at once
+# Characters of a failure's output that stand in failures.json; the rest is in failed-outputs.gz.
+_SHOWN_OUTPUT = 4_000
 _RELAXATION_VALUES = ("energy_start", "energy_relaxed", "num_steps", "max_force")
 
 
@@ -49,40 +49,52 @@ def finish_shard(folder: Path, attributes: Mapping[str, Any] | None = None) -> P
     become the provenance of the HDF5 files.
     """
     listing = list_journals(folder)
-    records = [entry.read() for entry in listing.items.values()]
-    _refuse_to_forget(folder, records)
-    frames = [entry.read() for of in listing.frames.values() for entry in of]
-    labels = [record for record in records if isinstance(record.result, Label)]
-    relaxations = [record for record in records if isinstance(record.result, Relaxation)]
-    failures = [record for record in records if isinstance(record.result, Failure)]
-    rows = {
-        LABELS_FILE: _labelled(labels),
-        RELAXATIONS_FILE: [_relaxed(record) for record in relaxations],
-        FRAMES_FILE: _labelled(frames),
-    }
-    for name, structures in rows.items():
-        if structures:
-            write_structures(folder / name, _same_arrays(structures), attributes)
+    _refuse_to_forget(folder, listing)
+    done = [entry for entry in listing.items.values() if entry.done]
+    labels = [entry for entry in done if entry.kind == "single-point"]
+    relaxations = [entry for entry in done if entry.kind == "relaxation"]
+    frames = [entry for of in listing.frames.values() for entry in of]
+    _write(folder / LABELS_FILE, labels, _labelled, attributes)
+    _write(folder / RELAXATIONS_FILE, relaxations, _relaxed, attributes)
+    _write(folder / FRAMES_FILE, frames, _labelled, attributes)
+    failures = [entry.read() for entry in listing.items.values() if not entry.done]
     write_json(folder / FAILURES_FILE, [_failed(record) for record in failures])
     if failures:
         write_bytes(folder / OUTPUTS_FILE, _outputs(failures))
     contents = {
         "format": 1,
-        "labels": [record.key for record in labels],
-        "relaxations": [record.key for record in relaxations],
-        "frames": [record.key for record in frames],
+        "labels": [entry.key for entry in labels],
+        "relaxations": [entry.key for entry in relaxations],
+        "frames": [entry.key for entry in frames],
         "num_failures": len(failures),
     }
     write_json(folder / SHARD_FILE, contents)
     return folder / SHARD_FILE
 
 
-def _refuse_to_forget(folder: Path, records: Sequence[Record]) -> None:
+def _write(
+    path: Path,
+    entries: Sequence[Entry],
+    as_row: Callable[[Record, frozenset[str]], Atoms],
+    attributes: Mapping[str, Any] | None,
+) -> None:
+    """The rows of a file, no more than a block of them in memory."""
+    if not entries:
+        return
+    columns = frozenset[str]().union(*{entry.columns for entry in entries})
+    blocks = (
+        [as_row(entry.read(), columns) for entry in entries[first : first + _BLOCK]]
+        for first in range(0, len(entries), _BLOCK)
+    )
+    write_structures_in_blocks(path, blocks, len(entries), attributes)
+
+
+def _refuse_to_forget(folder: Path, listing: Listing) -> None:
     """A shard may outlive its journals; published labels are never replaced by fewer."""
     if not (folder / SHARD_FILE).exists():
         return
     published = read_json(folder / SHARD_FILE)
-    lost = {*published["labels"], *published["relaxations"]} - {record.key for record in records}
+    lost = {*published["labels"], *published["relaxations"]} - {entry.key for entry in listing.items.values()}
     if lost:
         raise UserError(
             f"{folder} holds {len(lost)} published labels that its journals do not know; it is left as it is. Another "
@@ -117,35 +129,40 @@ def _read(path: Path, keys: Sequence[str], to_record: Callable[[Atoms], Record])
     return records
 
 
-def _labelled(records: Sequence[Record]) -> list[Atoms]:
-    results = [record.result for record in records if isinstance(record.result, Label)]
-    with_stress = any(label.stress_6 is not None for label in results)
-    structures = []
-    for record, label in zip(records, results, strict=True):
-        assert record.atoms is not None
-        atoms = record.atoms.copy()
-        atoms.info = _bookkeeping(record) | {"REF_energy": label.energy, "energy_kind": label.energy_kind}
-        if record.step is not None:
-            atoms.info["step"] = record.step
-        if with_stress:
-            atoms.info["REF_stress"] = np.full(6, np.nan) if label.stress_6 is None else label.stress_6
-        atoms.set_array("REF_forces", label.forces_n3)
-        for name, values in label.extra.items():
-            if EXTRA_SHAPES[name] is not None:
-                atoms.info[f"REF_{name}"] = values
-            else:
-                atoms.set_array(f"REF_{name}", values)
-        structures.append(atoms)
-    return structures
+def _labelled(record: Record, columns: frozenset[str]) -> Atoms:
+    label = record.result
+    assert isinstance(label, Label)
+    atoms = _structure(record, columns)
+    atoms.info = _bookkeeping(record) | {"REF_energy": label.energy, "energy_kind": label.energy_kind}
+    if record.step is not None:
+        atoms.info["step"] = record.step
+    if "stress" in columns:
+        atoms.info["REF_stress"] = np.full(6, np.nan) if label.stress_6 is None else label.stress_6
+    atoms.set_array("REF_forces", label.forces_n3)
+    for name, values in label.extra.items():
+        if EXTRA_SHAPES[name] is not None:
+            atoms.info[f"REF_{name}"] = values
+        else:
+            atoms.set_array(f"REF_{name}", values)
+    return atoms
 
 
-def _relaxed(record: Record) -> Atoms:
+def _relaxed(record: Record, columns: frozenset[str]) -> Atoms:
     assert isinstance(record.result, Relaxation)
-    atoms = record.result.start.copy()
+    atoms = _structure(record, columns)
     values = {name: getattr(record.result, name) for name in (*_RELAXATION_VALUES, "energy_kind")}
     atoms.info = _bookkeeping(record) | values
     atoms.set_array("relaxed_positions", record.result.relaxed.positions)
     atoms.info["relaxed_cell"] = record.result.relaxed.cell.array.ravel()
+    return atoms
+
+
+def _structure(record: Record, columns: frozenset[str]) -> Atoms:
+    """The structure with all arrays that any has: an initial moment or charge that is not set is 0."""
+    assert record.atoms is not None
+    atoms = record.atoms.copy()
+    for name in sorted(columns - {"stress"} - atoms.arrays.keys()):
+        atoms.set_array(name, np.zeros(len(atoms)))
     return atoms
 
 
@@ -167,15 +184,6 @@ def _outputs(failures: Sequence[Record]) -> bytes:
 
 def _bookkeeping(record: Record) -> dict[str, Any]:
     return {name: getattr(record, name) for name in _BOOKKEEPING}
-
-
-def _same_arrays(structures: Sequence[Atoms]) -> list[Atoms]:
-    """Give every structure the arrays that any has: an initial moment or charge that is not set is 0."""
-    names: dict[str, Any] = {name: array for atoms in structures for name, array in atoms.arrays.items()}
-    for atoms in structures:
-        for name in names.keys() - atoms.arrays.keys():
-            atoms.set_array(name, np.zeros((len(atoms), *names[name].shape[1:])))
-    return list(structures)
 
 
 def _label_record(atoms: Atoms) -> Record:

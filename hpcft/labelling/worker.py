@@ -142,7 +142,7 @@ class _Shard:
         self._listing, self._reference = listing, reference
         self._frames: dict[int, list[Frame]] = {}
         self.waiting: deque[int] = deque()
-        self._equals: dict[str, deque[int]] = {}
+        self._equals: dict[str, list[int]] = {}
         """Items that wait for another with the same key."""
         self.ended: dict[int, str | None] = {index: entry.cause for index, entry in listing.items.items()}
         """Cause of the failure, or None for a label, by index."""
@@ -151,7 +151,7 @@ class _Shard:
     def take_over(self, known: Mapping[str, Record], retry_causes: Collection[str]) -> int:
         """Record what is known already, and let the rest wait; returns how many were known."""
         done = {entry.key: entry for entry in self._listing.items.values() if entry.done}
-        num_found = 0
+        num_found, awaited = 0, set[str]()
         for index, key in enumerate(self._keys):
             if index in self.ended and self.ended[index] not in retry_causes:
                 continue
@@ -160,10 +160,10 @@ class _Shard:
                 record = found if isinstance(found, Record) else found.read()
                 self._append(replace(record, index=index, attempt=self._attempt, found=True, step=None))
                 num_found += 1
-            elif key in self._equals:
-                self._equals[key].append(index)
+            elif key in awaited:
+                self._equals.setdefault(key, []).append(index)
             else:
-                self._equals[key] = deque()
+                awaited.add(key)
                 self.waiting.append(index)
         return num_found
 
@@ -206,13 +206,14 @@ class _Shard:
         self.num_computed += 1
         self._frames.pop(index, None)
         self._append(record)
-        equals = self._equals[key]
+        equals = self._equals.pop(key, [])
         if not record.done:
             if equals:
-                self.waiting.appendleft(equals.popleft())
+                self.waiting.appendleft(equals[0])
+                self._equals[key] = equals[1:]
             return
-        while equals:
-            self._append(replace(record, index=equals.popleft(), found=True))
+        for equal in equals:
+            self._append(replace(record, index=equal, found=True))
             self.num_shared += 1
 
     def _append(self, record: Record) -> None:

@@ -15,7 +15,7 @@ from hpcft.labelling.journal import read_journals
 from hpcft.labelling.label import Label
 from hpcft.labelling.presets import launcher
 from hpcft.labelling.reference import Reference, reference_from
-from hpcft.labelling.shard import SHARD_FILE, finish_shard, read_shard
+from hpcft.labelling.shard import SHARD_FILE, finish_shard
 from hpcft.labelling.store import LabelStore
 from hpcft.labelling.worker import label_items
 from hpcft.stages.context import StageContext, TaskContext
@@ -48,17 +48,18 @@ def reference_of(context: StageContext) -> Reference:
     )
 
 
-def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str) -> dict[str, Any]:
+def run_shard(task: TaskContext, frames: Sequence[Item], which_relaxations: str) -> dict[str, Any]:
     """Label what is still missing of one shard, whose frames are `frames`. A label found in this campaign's earlier
     rounds is not paid for again.
     """
     context = task.context
-    items = [Item.single_point(frame) for frame in frames]
+    items: Sequence[Item] = frames
     relaxations = numbers_of(task.payload["relaxations"])
     if relaxations:
         settings = context.campaign.relaxations
         path = context.folder.inputs / f"relaxations-{which_relaxations}.h5"
         starts = read_structures(path, list(relaxations))
+        items = [*items]
         items += [
             Item.relaxation(
                 _free(atoms), fmax=settings.fmax, max_steps=settings.max_steps, with_cell=settings.cell
@@ -82,13 +83,13 @@ def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str
     task.ensure_owned()
     finish_shard(task.path, {"campaign": context.campaign.name, "reference": reference.calculator})
     retry.unlink(missing_ok=True)
-    num_frames = sum(isinstance(record.result, Label) for record in read_shard(task.path))
+    published = read_json(task.path / SHARD_FILE)
     return {
         "items": summary.num_items,
         "done": summary.num_done,
         "failed": summary.num_failed,
-        "frames_done": num_frames,
-        "relaxation_frames": len(read_json(task.path / SHARD_FILE)["frames"]),
+        "frames_done": len(published["labels"]),
+        "relaxation_frames": len(published["frames"]),
         "causes": dict(summary.causes),
         "wall_s": time.monotonic() - start,
     }
