@@ -13,9 +13,16 @@ from ase import Atoms
 from hpcft.errors import UserError
 from hpcft.labelling.item import Item, item_key
 from hpcft.labelling.journal import Record
-from hpcft.labelling.label import Label
+from hpcft.labelling.label import EXTRA_SHAPES, Label
 from hpcft.labelling.reference import Reference
-from hpcft.labelling.shard import LABELS_FILE, RELAXATIONS_FILE, SHARD_FILE, read_shard
+from hpcft.labelling.shard import (
+    FRAMES_FILE,
+    LABELS_FILE,
+    RELAXATIONS_FILE,
+    SHARD_FILE,
+    read_frames,
+    read_shard,
+)
 from hpcft.labelling.store import LabelStore
 from hpcft.storage.atomic import read_json
 from hpcft.storage.structures import read_provenance
@@ -37,7 +44,7 @@ def contents(store: LabelStore) -> Contents:
     seen, relaxations, num_shards = set[str](), set[str](), 0
     for shard in store.shards():
         listed = read_json(shard / SHARD_FILE)
-        new = set(listed["labels"]) - seen
+        new = {*listed["labels"], *listed.get("frames", ())} - seen
         seen |= new
         relaxations.update(listed["relaxations"])
         num_shards += 1
@@ -56,7 +63,7 @@ def labelled_structures(store: LabelStore, reference: Reference | None = None) -
     references, seen = set[str](), set[str]()
     for shard in store.shards():
         about = _provenance(shard)
-        for record in read_shard(shard):
+        for record in (*read_shard(shard), *read_frames(shard)):
             if not isinstance(record.result, Label) or record.key in seen or not _is_of(record, reference):
                 continue
             seen.add(record.key)
@@ -82,6 +89,9 @@ def _structure(record: Record, label: Label, about: dict[str, Any]) -> Atoms:
     if label.stress_6 is not None:
         atoms.info["REF_stress"] = label.stress_6
     atoms.set_array("REF_forces", label.forces_n3)
+    for name, values in label.extra.items():
+        target = atoms.arrays if EXTRA_SHAPES[name] is None else atoms.info
+        target[f"REF_{name}"] = values
     return atoms
 
 
@@ -92,7 +102,7 @@ def _is_of(record: Record, reference: Reference | None) -> bool:
 
 
 def _provenance(shard: Path) -> dict[str, Any]:
-    for name in (LABELS_FILE, RELAXATIONS_FILE):
+    for name in (LABELS_FILE, RELAXATIONS_FILE, FRAMES_FILE):
         if (shard / name).is_file():
             return read_provenance(shard / name)
     return {}

@@ -13,13 +13,14 @@ from ase import Atoms
 from hpcft.errors import LabelError, UserError
 from hpcft.labelling.code_outputs import FoundFrame, read_frames
 from hpcft.labelling.item import Item, item_key
-from hpcft.labelling.journal import Record
+from hpcft.labelling.journal import Record, encode_line, journal_path
 from hpcft.labelling.label import EnergyKind, Label, check_net_force
 from hpcft.labelling.labelled_frame import LabelKeys, calculator_results, frame_of, labelled_atoms
 from hpcft.labelling.reference import Reference, unknown_elements
 from hpcft.labelling.sanity import ABSURD_FORCE, disagreement
-from hpcft.labelling.shard import publish_shard
+from hpcft.labelling.shard import finish_shard
 from hpcft.labelling.store import LabelStore
+from hpcft.storage.atomic import write_bytes
 
 _SHOWN = 10
 _IMPORTS = "imports"
@@ -178,5 +179,8 @@ def _publish(
     folder = store.folder / _IMPORTS / hashlib.sha256(content.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     origin = {"imported_from": [str(path.absolute()) for path in paths]}
-    publish_shard(folder, records, reference.provenance() | origin)
+    journal = journal_path(folder, 0)
+    write_bytes(journal, b"".join(map(encode_line, records)))
+    finish_shard(folder, reference.provenance() | origin)
     store.register(folder)
+    journal.unlink()  # it says all of this once more, in text

@@ -11,6 +11,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from hpcft.errors import UserError
 from hpcft.labelling.journal import Record
 from hpcft.labelling.label_index import Place, WantedKeys, listed, look_up, write_index
-from hpcft.labelling.shard import SHARD_FILE, read_shard
+from hpcft.labelling.shard import SHARD_FILE, read_records
 from hpcft.storage.atomic import read_json
 from hpcft.storage.tree import Array
 
@@ -56,7 +57,7 @@ class LabelStore:
         return len(shards)
 
     def find(self, keys: Iterable[str]) -> dict[str, Record]:
-        """The records of those keys that some registered shard holds.
+        """The records of those keys that some registered shard holds, frames of relaxations as labels like any other.
 
         A shard that has been moved away or damaged is passed over with a warning: its labels count as
         unknown.
@@ -70,7 +71,7 @@ class LabelStore:
             if not of_shard:
                 break
             for shard, wanted in of_shard.items():
-                here = {record.key: record for record in self._read(shard) if record.key in wanted}
+                here = {record.key: replace(record, step=None) for record in self._read(shard, wanted)}
                 found |= here
                 if len(here) < len(wanted):
                     unreadable.add(shard)
@@ -132,9 +133,9 @@ class LabelStore:
             )
         return found
 
-    def _read(self, shard: Path) -> list[Record]:
+    def _read(self, shard: Path, keys: Collection[str]) -> list[Record]:
         try:
-            return read_shard(shard)
+            return read_records(shard, keys)
         except UserError as error:
             log.warning(
                 "a shard of the label store %s cannot be read, so its labels count as unknown: %s",
@@ -146,4 +147,5 @@ class LabelStore:
 
 def _keys_of(shard: Path) -> Array:
     contents = read_json(shard / SHARD_FILE)
-    return np.array([key.encode() for key in {*contents["labels"], *contents["relaxations"]}], dtype=bytes)
+    keys = {*contents["labels"], *contents["relaxations"], *contents.get("frames", ())}
+    return np.array([key.encode() for key in keys], dtype=bytes)

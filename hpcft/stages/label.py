@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from hpcft.config.campaign import Campaign
+from hpcft.labelling.item import Item, StoredItems
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.label_tasks import collect_shards, count_relaxations, run_shard, shards
 from hpcft.stages.sharing import numbers_of
-from hpcft.storage.structures import count_structures, read_structures
+from hpcft.storage.structures import count_structures
 
 
 def ranks(campaign: Campaign) -> int:
@@ -24,7 +25,7 @@ def plan(context: StageContext) -> list[dict[str, Any]]:
 
 def run(task: TaskContext) -> dict[str, Any]:
     selected = task.context.folder.stage(task.context.round, "select").task(0).path / "selected.h5"
-    frames = read_structures(selected, list(numbers_of(task.payload["frames"])))
+    frames = StoredItems(selected, numbers_of(task.payload["frames"]), Item.single_point)
     return run_shard(task, frames, "train")
 
 

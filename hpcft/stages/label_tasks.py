@@ -16,7 +16,7 @@ from hpcft.labelling.journal import Record, read_journals
 from hpcft.labelling.label import Label
 from hpcft.labelling.presets import launcher
 from hpcft.labelling.reference import Reference, reference_from
-from hpcft.labelling.shard import finish_shard, read_shard
+from hpcft.labelling.shard import SHARD_FILE, finish_shard
 from hpcft.labelling.store import LabelStore
 from hpcft.labelling.worker import label_items
 from hpcft.stages.context import StageContext, TaskContext
@@ -50,17 +50,18 @@ def reference_of(context: StageContext) -> Reference:
     )
 
 
-def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str) -> dict[str, Any]:
+def run_shard(task: TaskContext, frames: Sequence[Item], which_relaxations: str) -> dict[str, Any]:
     """Label what is still missing of one shard, whose frames are `frames`. A label found in this campaign's earlier
     rounds, or in the store that it shares with others, is not paid for again.
     """
     context = task.context
-    items = [Item.single_point(frame) for frame in frames]
+    items: Sequence[Item] = frames
     relaxations = numbers_of(task.payload["relaxations"])
     if relaxations:
         settings = context.campaign.relaxations
         path = context.folder.inputs / f"relaxations-{which_relaxations}.h5"
         starts = read_structures(path, list(relaxations))
+        items = [*items]
         items += [
             Item.relaxation(
                 _free(atoms), fmax=settings.fmax, max_steps=settings.max_steps, with_cell=settings.cell
@@ -72,16 +73,25 @@ def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str
     start = time.monotonic()
     retry = task.path / RETRY_FAILURES
     causes = {*(read_json(retry)["causes"] if retry.exists() else ()), "interrupted"}
-    summary = label_items(items, reference, task.path, known=known, attempt=task.attempt, retry_causes=causes)
+    summary = label_items(
+        items,
+        reference,
+        task.path,
+        known=known,
+        attempt=task.attempt,
+        workers=context.campaign.label.workers,
+        retry_causes=causes,
+    )
     task.ensure_owned()
     finish_shard(task.path, _provenance(context))
     retry.unlink(missing_ok=True)
-    num_frames = sum(isinstance(record.result, Label) for record in read_shard(task.path))
+    published = read_json(task.path / SHARD_FILE)
     return {
         "items": summary.num_items,
         "done": summary.num_done,
         "failed": summary.num_failed,
-        "frames_done": num_frames,
+        "frames_done": len(published["labels"]),
+        "relaxation_frames": len(published["frames"]),
         "causes": dict(summary.causes),
         "wall_s": time.monotonic() - start,
     }
@@ -117,8 +127,7 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
     registered here, at once: a task that had to look through what the others register would read 10,000 files.
     """
     results = [*context.results(), *_salvage(context)]
-    for store in stores_of(context.folder, context.campaign):
-        store.register_below(context.here.path)
+    _register(context)
     causes: dict[str, int] = {}
     for result in results:
         for cause, count in result["causes"].items():
@@ -136,6 +145,8 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
     done = sum(result["done"] for result in results)
     relaxations = sum(len(numbers_of(payload["relaxations"])) for payload in context.plan())
     frames = sum(result["frames_done"] for result in results)
+    if context.campaign.relaxations.learn_frames and context.stage == "label":
+        frames += sum(result.get("relaxation_frames", 0) for result in results)
     return {
         "items": items,
         "done": done,
@@ -145,6 +156,20 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
         "frames_done": frames,
         "suspects": find_suspects(context),
     }
+
+
+def _register(context: StageContext) -> None:
+    own, *shared = stores_of(context.folder, context.campaign)
+    own.register_below(context.here.path)
+    for store in shared:
+        try:
+            store.register_below(context.here.path)
+        except OSError as error:
+            raise CampaignStopped(
+                f"the labels of round {context.round}, stage {context.stage} are safe in the campaign, but cannot be registered "
+                f"in label.store = {store.folder} ({error.strerror}). Make that folder writable and `hpcft resume`, or leave "
+                "label.store out and `hpcft run`."
+            ) from error
 
 
 def _salvage(context: StageContext) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from ase import Atoms
 
 from hpcft.labelling.journal import Record
 from hpcft.labelling.label import Label, Relaxation
-from hpcft.labelling.shard import SHARD_FILE, read_shard
+from hpcft.labelling.shard import SHARD_FILE, read_frames, read_shard
 from hpcft.stages.context import StageContext
 from hpcft.stages.quarantine import quarantined
 from hpcft.stages.sharing import numbers_of
@@ -29,10 +29,38 @@ def _records(context: StageContext, stage: str, round_: int) -> Iterator[tuple[s
             ("relaxation", i) for i in numbers_of(payload["relaxations"])
         ]
         for record in read_shard(task.path):
-            if (index, record.index) in left_out:
+            if (index, record.index, None) in left_out:
                 continue
             kind, number = numbers[record.index]
             yield kind, number, record
+
+
+def relaxation_frames(context: StageContext) -> list[Atoms]:
+    """The labelled structures on the way of the training relaxations, which the reference has done in round 1."""
+    found = []
+    where = context.folder.stage(1, "label")
+    left_out = quarantined(context, "label", 1)
+    for index, payload in enumerate(context.plan("label", 1)):
+        first = len(numbers_of(payload["frames"]))
+        relaxations = numbers_of(payload["relaxations"])
+        folder = where.task(index).path
+        for record in read_frames(folder) if (folder / SHARD_FILE).exists() else ():
+            if (index, record.index, record.step) in left_out:
+                continue
+            atoms = _labelled(record)
+            atoms.info["origin"] = f"step {record.step} of relaxation {relaxations[record.index - first]}"
+            found.append(atoms)
+    return found
+
+
+def _labelled(record: Record) -> Atoms:
+    assert record.atoms is not None and isinstance(record.result, Label)
+    atoms = record.atoms.copy()
+    atoms.info["REF_energy"] = record.result.energy
+    atoms.arrays["REF_forces"] = record.result.forces_n3
+    if record.result.stress_6 is not None:
+        atoms.info["REF_stress"] = record.result.stress_6
+    return atoms
 
 
 def label_outcomes(context: StageContext, stage: str, round_: int | None = None) -> dict[int, Atoms]:
@@ -41,19 +69,14 @@ def label_outcomes(context: StageContext, stage: str, round_: int | None = None)
     """
     found = {}
     for kind, number, record in _records(context, stage, context.round if round_ is None else round_):
-        if kind == "frame" and isinstance(record.result, Label) and record.atoms is not None:
-            atoms = record.atoms.copy()
-            atoms.info["REF_energy"] = record.result.energy
-            atoms.arrays["REF_forces"] = record.result.forces_n3
-            if record.result.stress_6 is not None:
-                atoms.info["REF_stress"] = record.result.stress_6
-            found[number] = atoms
+        if kind == "frame" and isinstance(record.result, Label):
+            found[number] = _labelled(record)
     return dict(sorted(found.items()))
 
 
 def training_labels(context: StageContext) -> list[Atoms]:
     """Every label of this round and those before it that was paid for to train on."""
-    found: list[Atoms] = []
+    found = relaxation_frames(context) if context.campaign.relaxations.learn_frames else []
     for round_ in range(1, context.round + 1):
         for number, atoms in label_outcomes(context, "label", round_).items():
             atoms.info["origin"] = f"frame {number} of round {round_}"  # for what is said about it

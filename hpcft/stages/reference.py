@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hpcft.config.campaign import Campaign
+from hpcft.labelling.item import Item
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.label_tasks import collect_shards, count_relaxations, run_shard, shards
 from hpcft.stages.sharing import count_probe_frames, numbers_of, probe_frames
@@ -21,7 +22,8 @@ def plan(context: StageContext) -> list[dict[str, Any]]:
 
 
 def run(task: TaskContext) -> dict[str, Any]:
-    return run_shard(task, probe_frames(task.context, numbers_of(task.payload["frames"])), "test")
+    frames = probe_frames(task.context, numbers_of(task.payload["frames"]))
+    return run_shard(task, [Item.single_point(frame) for frame in frames], "test")
 
 
 def collect(context: StageContext) -> dict[str, Any]:

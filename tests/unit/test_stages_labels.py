@@ -112,7 +112,8 @@ def copper(seed: int) -> Atoms:
 
 def label(here: StageContext, index: int, frames: list[Atoms], payload: dict[str, Any]) -> dict[str, Any]:
     here.here.task(index).path.mkdir(parents=True, exist_ok=True)
-    return run_shard(TaskContext(here, index, payload, 1, Rank()), frames, "train")
+    items = [Item.single_point(frame) for frame in frames]
+    return run_shard(TaskContext(here, index, payload, 1, Rank()), items, "train")
 
 
 def test_a_label_of_an_earlier_round_is_found_again_and_not_paid_for(folder: CampaignFolder) -> None:
@@ -278,7 +279,8 @@ def test_a_label_with_a_wrong_energy_is_quarantined_until_the_user_releases_it(
     collected(here)
 
     [suspect] = read_json(here.here.product)["suspects"]
-    assert {name: suspect[name] for name in ("round", "task", "item")} == {"round": 1, "task": 0, "item": 4}
+    place = {"round": 1, "task": 0, "item": 4, "step": None}
+    assert {name: suspect[name] for name in place} == place
     assert suspect["key"] == key
     assert "off by -10 eV/atom" in suspect["reason"]
     assert sorted(label_outcomes(here, "label")) == [n for n in range(12) if n != 4]
