@@ -23,6 +23,7 @@ from hpcft.labelling.item import Item
 from hpcft.labelling.journal import Record, journal_path, read_journals
 from hpcft.labelling.label import Label
 from hpcft.labelling.reference import Reference
+from hpcft.labelling.worker import label_items
 
 PSEUDO_DIR = Path("/usr/share/espresso/pseudo")
 SETTINGS = {"ecutwfc": 16, "conv_thr": 1e-8, "electron_maxstep": 30}

@@ -6,11 +6,18 @@ import hashlib
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
+from ase.build import bulk
 
 from hpcft.labelling import label_index
-from hpcft.labelling.shard import SHARD_FILE
+from hpcft.labelling.exports import contents, labelled_structures
+from hpcft.labelling.item import Item, item_key
+from hpcft.labelling.label import Label
+from hpcft.labelling.reference import Reference
+from hpcft.labelling.shard import SHARD_FILE, finish_shard, read_records
 from hpcft.labelling.store import LabelStore
+from hpcft.labelling.worker import label_items
 from hpcft.storage.atomic import write_json
 
 
@@ -110,3 +117,53 @@ def test_a_shard_without_any_label_does_not_hinder_the_others(tmp_path: Path, st
     store.register_below(tmp_path / "shards")
     assert store.locate([key(0)]) == {key(0): full}
     assert store.listed() == {empty: set(), full: {key(0)}}
+
+
+def test_the_frames_of_a_relaxation_are_found_as_labels_and_exported_like_any_other(
+    tmp_path: Path, store: LabelStore
+) -> None:
+    reference = Reference("ase.calculators.emt.EMT")
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.1, seed=1)
+    label_items([Item.relaxation(atoms, fmax=0.05, max_steps=50)], reference, tmp_path / "relaxed")
+    finish_shard(tmp_path / "relaxed", reference.provenance())
+    store.register(tmp_path / "relaxed")
+    start = item_key(Item.single_point(atoms), reference)
+    known = store.find([start])
+    assert isinstance(known[start].result, Label)
+    assert known[start].step is None, "it is no frame of what it is found for"
+    summary = label_items([Item.single_point(atoms)], reference, tmp_path / "single", known=known)
+    assert (summary.num_found, summary.num_computed) == (1, 0)
+    finish_shard(tmp_path / "single", reference.provenance())
+    store.register(tmp_path / "single")
+    exported = list(labelled_structures(store, reference))
+    assert len(exported) == sum(contents(store).labels.values()) > 2
+    assert [structure.info["key"] for structure in exported].count(start) == 1
+    assert contents(store).num_relaxations == 1
+    np.testing.assert_array_equal(
+        next(a for a in exported if a.info["key"] == start).arrays["REF_forces"],
+        known[start].result.forces_n3,
+    )
+
+
+def test_of_a_large_shard_no_more_is_made_than_is_asked_for_and_damage_is_noticed_all_the_same(
+    tmp_path: Path, store: LabelStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = Reference("ase.calculators.emt.EMT")
+    structures = [bulk("Cu", a=3.5 + number / 100) for number in range(20)]
+    items = [Item.single_point(atoms) for atoms in structures]
+    label_items(items, reference, tmp_path / "many")
+    finish_shard(tmp_path / "many")
+    store.register(tmp_path / "many")
+    keys = [item_key(item, reference) for item in items]
+    [record] = read_records(tmp_path / "many", {keys[7]})
+    assert record.index == 7
+    assert record.atoms == items[7].atoms
+    assert store.find([keys[7]])[keys[7]].index == 7
+    file = tmp_path / "many" / "labels.h5"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # far from what is read
+    file.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert store.find([keys[7]]) == {}
+    assert "cannot be read" in caplog.text

@@ -310,3 +310,16 @@ def test_a_label_of_an_early_round_is_found_out_by_those_of_a_later_one(folder: 
     assert len(training_labels(second)) == 13
     assert sorted(label_outcomes(second, "label", 1)) == [0, 2, 3]
     assert sorted(label_outcomes(second, "label", 2)) == list(range(10))
+
+
+def test_a_shared_store_that_cannot_be_written_stops_the_campaign_and_its_labels_are_kept(
+    tmp_path: Path, folder: CampaignFolder
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        CampaignStopped, match=r"are safe in the campaign, but cannot be registered in label\.store"
+    ):
+        label_stage(folder, [copper(1)], label={"store": str(tmp_path / "file" / "labels")})
+    here = context(folder, 1, "label")
+    key = item_key(Item.single_point(copper(1)), reference_of(here))
+    assert set(LabelStore(folder.labels).find([key])) == {key}
