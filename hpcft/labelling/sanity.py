@@ -137,18 +137,25 @@ def _absurd(labels: LabelTable) -> Iterator[tuple[int, str]]:
 
 def _disagreeing(labels: LabelTable) -> Iterator[tuple[int, str]]:
     """All labels of a structure that has different ones: which of them is right, nobody knows."""
-    _, groups_s, sizes = np.unique(np.array(labels.keys, dtype=str), return_inverse=True, return_counts=True)
+    if not len(labels):
+        return
+    groups_s = np.unique(np.array(labels.keys, dtype=str), return_inverse=True)[1].reshape(-1)
+    order = np.argsort(groups_s, kind="stable")
+    starts = np.flatnonzero(np.diff(groups_s[order], prepend=-1))
+    ends = np.append(starts[1:], len(order))
     energies_s = labels.energies_s / np.maximum(labels.counts_sk.sum(axis=1), 1)
-    repeated_s = np.flatnonzero(sizes[groups_s] > 1)
-    for group in np.unique(groups_s[repeated_s]).tolist():
-        rows = repeated_s[groups_s[repeated_s] == group]
-        energy, force = np.ptp(energies_s[rows]), np.ptp(labels.max_forces_s[rows])
-        if energy > _SAME_ENERGY or force > _SAME_FORCE:
-            for row in rows.tolist():
-                yield (
-                    row,
-                    f"the {len(rows)} labels of its structure differ by {energy:.3g} eV/atom and {force:.3g} eV/Å",
-                )
+
+    def ranges(values_s: Array) -> Array:
+        return np.maximum.reduceat(values_s[order], starts) - np.minimum.reduceat(values_s[order], starts)
+
+    energies, forces = ranges(energies_s), ranges(labels.max_forces_s)
+    for group in np.flatnonzero((energies > _SAME_ENERGY) | (forces > _SAME_FORCE)).tolist():
+        rows = order[starts[group] : ends[group]]
+        for row in rows.tolist():
+            yield (
+                row,
+                f"the {len(rows)} labels of its structure differ by {energies[group]:.3g} eV/atom and {forces[group]:.3g} eV/Å",
+            )
 
 
 def _implausible(labels: LabelTable) -> Iterator[tuple[int, str]]:
