@@ -86,14 +86,18 @@ def causes(records: dict[int, Record]) -> dict[int, str]:
 @pytest.fixture
 def codes(tmp_path: Path) -> None:
     """The real codes, or a failure that says how to get them."""
-    assert shutil.which("pw.x") and (PSEUDO_DIR / "Si.pz-vbc.UPF").is_file(), "needs Quantum ESPRESSO: make packages"
+    assert shutil.which("pw.x") and (PSEUDO_DIR / "Si.pz-vbc.UPF").is_file(), (
+        "needs Quantum ESPRESSO: make packages"
+    )
     assert importlib.util.find_spec("gpaw"), "needs GPAW: pip install -e '.[gpaw]'"
     telling = tmp_path / "pw-telling"
     telling.write_text(PW.format(calls=tmp_path / "calls"))
     telling.chmod(0o755)
 
 
-def test_two_codes_label_at_once_and_a_killed_shard_pays_for_nothing_twice(tmp_path: Path, codes: None) -> None:
+def test_two_codes_label_at_once_and_a_killed_shard_pays_for_nothing_twice(
+    tmp_path: Path, codes: None
+) -> None:
     espresso, gpaw = tmp_path / "espresso", tmp_path / "gpaw"
     in_gpaw = start(gpaw, 0, "gpaw_shard")
     first = start(espresso, 0, "espresso_shard")

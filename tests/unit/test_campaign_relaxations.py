@@ -46,7 +46,7 @@ def test_a_campaign_reports_its_relaxations_after_k_steps_and_converged(tmp_path
     trained = json.loads((root / "round-001/train/product.json").read_text())
     assert trained["relaxations_refused"] == []
     labelled = json.loads((root / "round-001/label/product.json").read_text())
-    assert trained["labels"] == labelled["frames_done"]
+    assert trained["labels"] == labelled["frames_done"] + labelled.get("relaxation_frames", 0)
     assert (trained["labels"] > CAMPAIGN["select"]["frames"]) == learn_frames
     assert trained["last"]["relaxation/dropped"] == 0
     learned = "learn_step_size" in changes
