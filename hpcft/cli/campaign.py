@@ -141,7 +141,7 @@ def _print_table(folder: CampaignFolder) -> None:
     from rich.console import Console
 
     from hpcft.report.results import read_results
-    from hpcft.report.table import relaxation_notes, relaxations_table, results_table
+    from hpcft.report.table import label_notes, relaxation_notes, relaxations_table, results_table
 
     results = read_results(folder)
     if results:
@@ -151,7 +151,7 @@ def _print_table(folder: CampaignFolder) -> None:
         console.print(results_table(results, _confidence(folder), str(folder.read_identity()["name"])))
         if (relaxations := relaxations_table(results, _confidence(folder))) is not None:
             console.print(relaxations)
-        for note in relaxation_notes(results):
+        for note in (*label_notes(results, folder.root), *relaxation_notes(results)):
             console.print(note, soft_wrap=True, markup=False, highlight=False)
 
 

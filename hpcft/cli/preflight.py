@@ -106,7 +106,7 @@ def machine_problems(
     site: Site, campaign: Campaign | None, which: Callable[[str], str | None] = shutil.which
 ) -> list[Problem]:
     """What this machine lacks for the site, and time limits that contradict each other."""
-    return [*_programs(site, which), *_cpu_limit(site), *(_time_limits(campaign) if campaign else ())]
+    return [*_programs(site, which), *_cpu_limit(site), *(_of_campaign(campaign) if campaign else ())]
 
 
 def _programs(site: Site, which: Callable[[str], str | None]) -> Iterator[Problem]:
@@ -135,6 +135,21 @@ def _cpu_limit(site: Site) -> Iterator[Problem]:
         whose = "tasks among them" if site.executor == "local" else "`hpcft run` among them"
         what = f"each process here is ended after {limit_s / 60:g} min of CPU time (ulimit -t), {whose}"
         yield Problem("machine", "ulimit", what, "a machine without that limit", "warning")
+
+
+def _of_campaign(campaign: Campaign) -> Iterator[Problem]:
+    yield from _time_limits(campaign)
+    yield from _shared_store(campaign)
+
+
+def _shared_store(campaign: Campaign) -> Iterator[Problem]:
+    store = campaign.label.store
+    if store is None:
+        return
+    nearest = next(path for path in (store, *store.parents) if path.exists())
+    if not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
+        what = f"names {store}, but you cannot write in {nearest}, so that no label could be registered there"
+        yield Problem("campaign", "label.store", what, "a folder that you can write")
 
 
 def _time_limits(campaign: Campaign) -> Iterator[Problem]:

@@ -27,6 +27,7 @@ from hpcft.config.validate import (
     Section,
     Seed,
     Unit,
+    names_input_file,
     shown,
     validate,
 )
@@ -50,6 +51,7 @@ PATIENCE_KEYS = frozenset(
         "workers",
         "ranks_per_calculation",
         "store",
+        "quarantine",
     }
 )
 
@@ -330,9 +332,9 @@ def _is_file(value: object) -> bool:
 
 
 def _files(section: Section, prefix: KeyPath) -> Iterator[tuple[KeyPath, Path]]:
-    for key in type(section).model_fields:
+    for key, field in type(section).model_fields.items():
         value = getattr(section, key)
-        if isinstance(value, Path):
+        if isinstance(value, Path) and names_input_file(field):
             yield (*prefix, key), value
         elif isinstance(value, Section):
             yield from _files(value, (*prefix, key))

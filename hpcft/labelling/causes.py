@@ -5,6 +5,7 @@
 | scf | the self-consistent field did not converge |
 | non-finite | energy, forces or stress hold NaN or infinity |
 | net-force | the forces do not add up to zero |
+| stress | the stress is not symmetric |
 | unconverged | the relaxation did not reach its force limit within its steps |
 | geometry | the structure itself is impossible: overlapping atoms, no volume |
 | bad-input | the code rejected the input, or cannot do an element |

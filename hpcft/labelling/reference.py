@@ -92,6 +92,10 @@ class Reference:
             settings["energy"] = self.energy
         return hashlib.sha256(json.dumps(settings, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
+    def provenance(self) -> dict[str, str]:
+        """What a file of its labels says of it."""
+        return {"reference": self.calculator, "reference_fingerprint": self.fingerprint()}
+
     def rungs(self) -> Iterator[Mapping[str, Any]]:
         """The arguments of the first try, then those of each rung of the ladder."""
         yield self.arguments

@@ -8,10 +8,11 @@ from typing import Any
 
 from ase import Atoms
 
+from hpcft.config.campaign import Campaign
 from hpcft.errors import CampaignStopped
 from hpcft.labelling.causes import Failure
 from hpcft.labelling.item import Item, item_key
-from hpcft.labelling.journal import read_journals
+from hpcft.labelling.journal import Record, read_journals
 from hpcft.labelling.label import Label
 from hpcft.labelling.presets import launcher
 from hpcft.labelling.reference import Reference, reference_from
@@ -19,9 +20,10 @@ from hpcft.labelling.shard import SHARD_FILE, finish_shard
 from hpcft.labelling.store import LabelStore
 from hpcft.labelling.worker import label_items
 from hpcft.stages.context import StageContext, TaskContext
+from hpcft.stages.quarantine import find_suspects
 from hpcft.stages.sharing import every, numbers_of
 from hpcft.storage.atomic import read_json
-from hpcft.storage.campaign_folder import RETRY_FAILURES
+from hpcft.storage.campaign_folder import RETRY_FAILURES, CampaignFolder
 from hpcft.storage.structures import count_structures, read_structures
 
 
@@ -50,7 +52,7 @@ def reference_of(context: StageContext) -> Reference:
 
 def run_shard(task: TaskContext, frames: Sequence[Item], which_relaxations: str) -> dict[str, Any]:
     """Label what is still missing of one shard, whose frames are `frames`. A label found in this campaign's earlier
-    rounds is not paid for again.
+    rounds, or in the store that it shares with others, is not paid for again.
     """
     context = task.context
     items: Sequence[Item] = frames
@@ -67,7 +69,7 @@ def run_shard(task: TaskContext, frames: Sequence[Item], which_relaxations: str)
             for atoms in starts
         ]
     reference = reference_of(context)
-    known = LabelStore(context.folder.labels).find([item_key(item, reference) for item in items])
+    known = _known(context, [item_key(item, reference) for item in items])
     start = time.monotonic()
     retry = task.path / RETRY_FAILURES
     causes = {*(read_json(retry)["causes"] if retry.exists() else ()), "interrupted"}
@@ -81,7 +83,7 @@ def run_shard(task: TaskContext, frames: Sequence[Item], which_relaxations: str)
         retry_causes=causes,
     )
     task.ensure_owned()
-    finish_shard(task.path, {"campaign": context.campaign.name, "reference": reference.calculator})
+    finish_shard(task.path, _provenance(context))
     retry.unlink(missing_ok=True)
     published = read_json(task.path / SHARD_FILE)
     return {
@@ -93,6 +95,23 @@ def run_shard(task: TaskContext, frames: Sequence[Item], which_relaxations: str)
         "causes": dict(summary.causes),
         "wall_s": time.monotonic() - start,
     }
+
+
+def stores_of(folder: CampaignFolder, campaign: Campaign) -> list[LabelStore]:
+    """Where the campaign looks labels up and registers its own: first its own store, then the one that it shares."""
+    shared = campaign.label.store
+    return [LabelStore(folder.labels), *([] if shared is None else [LabelStore(shared)])]
+
+
+def _known(context: StageContext, keys: Sequence[str]) -> dict[str, Record]:
+    found: dict[str, Record] = {}
+    for store in stores_of(context.folder, context.campaign):
+        found |= store.find(set(keys) - found.keys())
+    return found
+
+
+def _provenance(context: StageContext) -> dict[str, Any]:
+    return reference_of(context).provenance() | {"campaign": context.campaign.name}
 
 
 def _free(atoms: Atoms) -> Atoms:
@@ -108,7 +127,7 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
     registered here, at once: a task that had to look through what the others register would read 10,000 files.
     """
     results = [*context.results(), *_salvage(context)]
-    LabelStore(context.folder.labels).register_below(context.here.path)
+    _register(context)
     causes: dict[str, int] = {}
     for result in results:
         for cause, count in result["causes"].items():
@@ -137,7 +156,22 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
         "relaxations": relaxations,
         "frames_done": frames,
         **learnt,
+        "suspects": find_suspects(context),
     }
+
+
+def _register(context: StageContext) -> None:
+    own, *shared = stores_of(context.folder, context.campaign)
+    own.register_below(context.here.path)
+    for store in shared:
+        try:
+            store.register_below(context.here.path)
+        except OSError as error:
+            raise CampaignStopped(
+                f"the labels of round {context.round}, stage {context.stage} are safe in the campaign, but cannot be registered "
+                f"in label.store = {store.folder} ({error.strerror}). Make that folder writable and `hpcft resume`, or leave "
+                "label.store out and `hpcft run`."
+            ) from error
 
 
 def _salvage(context: StageContext) -> list[dict[str, Any]]:
@@ -150,7 +184,7 @@ def _salvage(context: StageContext) -> list[dict[str, Any]]:
         records = read_journals(where.path) if where.path.exists() else {}
         done = [r.result for r in records.values() if not isinstance(r.result, Failure)]
         if done:
-            finish_shard(where.path, {"campaign": context.campaign.name})
+            finish_shard(where.path, _provenance(context))
         frames = sum(isinstance(result, Label) for result in done)
         failed = items - len(done)
         found.append(
