@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpcft.errors import UserError
 from hpcft.labelling.contents import missing_files
 from hpcft.labelling.dotted_path import nearest
-from hpcft.labelling.settings import ESPRESSO, ORCA
+from hpcft.labelling.settings import ESPRESSO, ORCA, VASP
 
 _OF_ESPRESSO = {
     "profile",
@@ -137,13 +137,12 @@ def _check_keywords(path: str, factory: Callable[..., Any], arguments: Mapping[s
     # ASE's calculators store an unknown keyword and never look at it: a misspelt setting would go unnoticed.
     known = _known_keywords(path, factory)
     if takes_any and known:
-        accepted += [*known, "restart", "label", "atoms", "directory"]
+        accepted = [*dict.fromkeys([*accepted, *known, "restart", "label", "atoms", "directory"])]
         takes_any = False
     for name in arguments:
         if name not in accepted and not takes_any:
             raise UserError(
-                f"{path} takes no argument {name!r}.{nearest(name, accepted)} "
-                f"It takes {', '.join(accepted) or 'no arguments'}."
+                f"{path} takes no argument {name!r}.{nearest(name, accepted)} {_choice(path, accepted)}"
             )
     try:
         signature.bind(**arguments)
@@ -151,9 +150,21 @@ def _check_keywords(path: str, factory: Callable[..., Any], arguments: Mapping[s
         raise UserError(f"The arguments of {path} do not fit: {error}.") from error
 
 
+def _choice(path: str, accepted: Sequence[str]) -> str:
+    if path == VASP:  # hundreds
+        return "Write a tag that ASE does not know yet as custom: {tag: value}."
+    return f"It takes {', '.join(accepted) or 'no arguments'}."
+
+
 def _known_keywords(path: str, factory: Callable[..., Any]) -> Iterable[str]:
     if path == ORCA:
         return ("charge", "mult", "orcasimpleinput", "orcablocks")
+    if path == VASP:
+        from ase.calculators.vasp.create_input import GenerateVaspInput
+
+        # ASE hands what it does not know on to VASP, which may not look at it; `custom` is for tags newer than ASE.
+        tables = [table for name, table in vars(GenerateVaspInput()).items() if name.endswith("_params")]
+        return [name for table in tables for name in table]
     if works_in_a_directory(factory):
         return ()
     return getattr(factory, "default_parameters", None) or ()

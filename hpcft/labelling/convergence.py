@@ -24,7 +24,7 @@ def is_unconverged(calculator: Any) -> bool:
     VASP says it in `converged`, which is None where its output has no word on it: that counts as unconverged too.
     """
     if hasattr(calculator, "read_convergence"):
-        return calculator.converged is not True
+        return not bool(calculator.converged)
     converged = getattr(calculator, "converged", None)
     if isinstance(converged, bool | np.bool_) and not converged:
         return True
@@ -40,5 +40,5 @@ def _output_of(calculator: Any) -> Path | None:
     if name is not None:
         return Path(calculator.directory) / name
     if f"{type(calculator).__module__}.{type(calculator).__name__}" == CP2K:
-        return Path(f"{calculator.label}.out")
+        return Path(str(calculator.label) + ".out")
     return None

@@ -35,6 +35,8 @@ class Preset:
     """Arguments to try in turn when the self-consistent field does not converge."""
     with_command: Callable[[Arguments, str], Arguments] = lambda arguments, command: arguments
     """The arguments with the command where this calculator wants it."""
+    read: Callable[[Arguments], Arguments] = lambda arguments: arguments
+    """The user's arguments, or a rung of the ladder, as the preset's are written, so that they win where they meet."""
     completed: Callable[[Arguments], Arguments] = lambda arguments: arguments
     """The arguments with what a label needs whatever the user wrote."""
 
@@ -52,6 +54,25 @@ def _in_profile(*also: str) -> Callable[[Arguments, str], Arguments]:
 
 def _as_argument(arguments: Arguments, command: str) -> Arguments:
     return {**arguments, "command": command}
+
+
+def _flat(arguments: Arguments) -> Arguments:
+    """ASE lets a keyword that stands alone win over the same in a namelist; here all stand alone, in lower case."""
+    if not isinstance(arguments.get("input_data"), Mapping):
+        return arguments
+    flat: dict[str, Any] = {}
+    for key, value in arguments["input_data"].items():
+        flat |= {k.lower(): v for k, v in (value if isinstance(value, Mapping) else {key: value}).items()}
+    return {**arguments, "input_data": flat}
+
+
+def _one_smearing(arguments: Arguments) -> Arguments:
+    """`smearing` and `occupation_type` are two words for one thing, and ASE takes but one."""
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name != "occupation_type" or "smearing" not in arguments
+    }
 
 
 def _with_gradient(arguments: Arguments) -> Arguments:
@@ -144,6 +165,7 @@ PRESETS: dict[str, Preset] = {
             {"input_data": {"mixing_beta": 0.1, "mixing_mode": "local-TF", "electron_maxstep": 300}},
         ),
         with_command=_in_profile("pseudo_dir"),
+        read=_flat,
     ),
     "vasp": Preset(
         VASP,
@@ -178,6 +200,7 @@ PRESETS: dict[str, Preset] = {
             {"charge_mix_param": 0.02, "sc_iter_limit": 400},
         ),
         with_command=_in_profile("default_species_directory"),
+        completed=_one_smearing,
     ),
     "orca": Preset(
         ORCA,

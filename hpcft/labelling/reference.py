@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
 
 from hpcft.config.reference import Reference as ReferenceConfig
@@ -21,7 +22,7 @@ from hpcft.labelling.classical import elements_of_stillinger_weber, elements_of_
 from hpcft.labelling.contents import STILLINGER_WEBER, TEACHER, TERSOFF, contents_of, without_places
 from hpcft.labelling.dotted_path import resolve
 from hpcft.labelling.presets import MPI, PRESETS, Preset
-from hpcft.labelling.settings import CP2K, ESPRESSO, TBLITE, canonical, merged, refuse_unconverged
+from hpcft.labelling.settings import CP2K, ESPRESSO, GPAW, ORCA, TBLITE, canonical, merged, refuse_unconverged
 
 # hpcft gives each calculation a new folder and a new start, so that no label depends on the one before.
 _NOT_FOR_USERS = {"directory", "restart", "atoms"}
@@ -124,7 +125,7 @@ def reference_from(config: ReferenceConfig, mpi: str = "") -> Reference:
         arguments,
         config.elements,
         config.time_limit_s,
-        preset.ladder if config.ladder is None else config.ladder,
+        preset.ladder if config.ladder is None else tuple(preset.read(rung) for rung in config.ladder),
         tuple(config.properties),
         config.energy,
         dict(config.environment),
@@ -145,8 +146,9 @@ def spelt_out(config: ReferenceConfig, mpi: str = "") -> dict[str, Any]:
             )
             raise UserError(f"reference.command is for {programs}; {config.calculator} takes none: {where}")
         preset = preset or Preset(config.calculator)
-        return dict(preset.completed(merged(preset.arguments, config.arguments)))
-    arguments = preset.completed(merged(preset.arguments, config.arguments))
+    arguments = preset.completed(merged(preset.arguments, preset.read(config.arguments)))
+    if preset.command is None:
+        return dict(arguments)
     command = (config.command or preset.command).replace(MPI, mpi).strip()
     return dict(preset.with_command(arguments, command))
 
@@ -160,6 +162,8 @@ def build_calculator(reference: Reference, directory: Path) -> Any:
     try:
         with place:
             return factory(**arguments)
+    except UserError:
+        raise
     except Exception as error:  # each code has its own way to reject its arguments
         raise UserError(
             f"{reference.calculator} did not accept its arguments: {type(error).__name__}: {error}. "
@@ -171,8 +175,10 @@ def check_arguments(reference: Reference) -> None:
     """UserError if the calculator cannot be built as it stands; starts no program."""
     if reference.calculator == CP2K:
         prepared(CP2K, resolve(CP2K), reference.arguments, Path())
-    else:
-        build_calculator(reference, Path(os.devnull).parent)
+        return
+    if reference.calculator == GPAW:  # which greets
+        reference = reference.at_rung({**reference.arguments, "txt": None})
+    build_calculator(reference, Path(os.devnull).parent)
 
 
 def unknown_elements(reference: Reference, numbers: Iterable[int]) -> list[str]:
@@ -185,6 +191,15 @@ def unknown_elements(reference: Reference, numbers: Iterable[int]) -> list[str]:
         for number in sorted({int(number) for number in numbers})
         if chemical_symbols[number] not in known
     ]
+
+
+def unsuitable(reference: Reference, atoms: Atoms) -> str | None:
+    """Why the reference cannot do a structure that it would take for another one, or None."""
+    if unknown := unknown_elements(reference, atoms.numbers):
+        return f"{reference.calculator} cannot do {', '.join(unknown)}"
+    if reference.calculator == ORCA and atoms.pbc.any():
+        return "ORCA knows only molecules, and the structure is periodic"
+    return None
 
 
 def _known_elements(reference: Reference) -> set[str] | None:

@@ -151,28 +151,29 @@ def _data_sets(reference: Reference, symbols: Collection[str]) -> Iterator[Lack]
     if look is not None:
         for symbol in symbols:
             if missing := look(reference, symbol):
-                yield Lack("arguments", missing)
+                yield missing
 
 
-def _gpaw(reference: Reference, symbol: str) -> str:
+def _gpaw(reference: Reference, symbol: str) -> Lack | None:
     from gpaw.setup_data import search_for_file
     from gpaw.xc import XC
 
     if reference.arguments.get("setups"):
-        return ""  # others than the usual ones, found where the user says
+        return None  # others than the usual ones, found where the user says
     functional = XC(reference.arguments.get("xc", "LDA")).get_setup_name()
     try:
         search_for_file(f"{symbol}.{functional}")
     except FileNotFoundError as error:
-        return f"GPAW has no PAW data set for {symbol}: {' '.join(str(error).split())}"
-    return ""
+        return Lack("arguments", f"GPAW has no PAW data set for {symbol}: {' '.join(str(error).split())}")
+    return None
 
 
-def _vasp(reference: Reference, symbol: str) -> str:
+def _vasp(reference: Reference, symbol: str) -> Lack | None:
     from ase import Atoms
 
     if "VASP_PP_PATH" not in os.environ:
-        return "VASP_PP_PATH is not set, so there is no POTCAR; set it in reference.environment, or here and in the jobs"
+        what = "VASP finds no POTCAR: VASP_PP_PATH is not set"
+        return Lack("environment", what, "the folder that holds potpaw_PBE", may_come_later=True)
     calculator = resolve(VASP)(
         **{key: value for key, value in reference.arguments.items() if key != "command"}
     )
@@ -181,15 +182,18 @@ def _vasp(reference: Reference, symbol: str) -> str:
             warnings.simplefilter("ignore")  # ASE tells that it has read the variable
             calculator.initialize(Atoms(symbol))
     except Exception as error:  # RuntimeError, or a plain Exception for a setup it cannot read
-        return f"VASP has no POTCAR for {symbol}: {' '.join(str(error).split())}"
-    return ""
+        return Lack("arguments", f"VASP has no POTCAR for {symbol}: {' '.join(str(error).split())}")
+    return None
 
 
-def _aims(reference: Reference, symbol: str) -> str:
+def _aims(reference: Reference, symbol: str) -> Lack | None:
     profile = reference.arguments.get("profile", {})
     folder = reference.arguments.get("species_dir") or profile.get("default_species_directory")
     folder = folder or os.environ.get("AIMS_SPECIES_DIR")
     if folder is None:
-        return "FHI-aims is not told where its species are; write arguments.species_dir"
+        what = "FHI-aims is not told where its species are"
+        return Lack("arguments", what, "species_dir: /path/to/species_defaults/...", may_come_later=True)
     file = Path(folder) / f"{atomic_numbers[symbol]:02}_{symbol}_default"
-    return "" if file.is_file() else f"FHI-aims has no species file for {symbol}: {file} does not exist"
+    if file.is_file():
+        return None
+    return Lack("arguments", f"FHI-aims has no species file for {symbol}: {file} does not exist")

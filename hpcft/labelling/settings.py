@@ -58,7 +58,7 @@ def refuse_unconverged(path: str, arguments: Any) -> None:
 
 def _moves_atoms_of_vasp(key: str, value: Any) -> str:
     """Structures are told by what hpcft gave to the code, so it may not go elsewhere."""
-    moves = (key == "nsw" and value != 0) or (key == "ibrion" and value != -1)
+    moves = (key.lower() == "nsw" and value != 0) or (key.lower() == "ibrion" and value != -1)
     return f"{key} = {value!r}" if moves else ""
 
 
