@@ -38,7 +38,7 @@ def is_unconverged(calculator: Any) -> bool:
 def _output_of(calculator: Any) -> Path | None:
     name = getattr(getattr(calculator, "template", None), "outputname", None)
     if name is not None:
-        return Path(calculator.directory) / name
+        return Path(calculator.directory, str(name))
     if f"{type(calculator).__module__}.{type(calculator).__name__}" == CP2K:
         return Path(str(calculator.label) + ".out")
     return None

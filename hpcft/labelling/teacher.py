@@ -20,7 +20,7 @@ from hpcft.models.protocol import Potential, device_of, dtype_of, evaluate, froz
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-class Teacher(Calculator):
+class Teacher(Calculator):  # type: ignore[misc]  # ASE is untyped
     """Energy, forces and stress of a model; its energy is the one from which the forces derive."""
 
     implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
