@@ -19,6 +19,7 @@ from hpcft.campaign.lease import holder, lease
 from hpcft.config.campaign import Campaign, differences
 from hpcft.errors import UserError
 from hpcft.labelling.reference import check_arguments, reference_from, unknown_elements, unsuitable
+from hpcft.labelling.requirements import missing_data_sets
 from hpcft.storage.atomic import write_bytes, write_json
 from hpcft.storage.campaign_folder import FORMAT, CampaignFolder
 from hpcft.storage.structures import read_any, write_structures
@@ -140,10 +141,10 @@ def _check_elements(campaign: Campaign, structures: dict[str, Sequence[Atoms]]) 
     check_arguments(reference)
     for name, group in structures.items():
         numbers = sorted({int(number) for atoms in group for number in atoms.numbers})
-        missing = [chemical_symbols[n] for n in numbers if n not in known_to_model]
-        if missing:
+        unlearnt = [chemical_symbols[n] for n in numbers if n not in known_to_model]
+        if unlearnt:
             raise UserError(
-                f"{name} contains {', '.join(missing)}, which the foundation model {campaign.foundation.name} does not know "
+                f"{name} contains {', '.join(unlearnt)}, which the foundation model {campaign.foundation.name} does not know "
                 f"(it knows {', '.join(chemical_symbols[n] for n in sorted(known_to_model))})"
             )
         if name == "replay":
@@ -155,6 +156,9 @@ def _check_elements(campaign: Campaign, structures: dict[str, Sequence[Atoms]]) 
                 raise UserError(
                     f"structure {index} of {name}: {problem}; take it out, or choose another reference"
                 )
+        missing = missing_data_sets(reference, [chemical_symbols[number] for number in numbers])
+        if certain := [lack.what for lack in missing if not lack.may_come_later]:
+            raise UserError("\n".join(certain))
 
 
 def _check_plain(structures: dict[str, Sequence[Atoms]]) -> None:

@@ -74,7 +74,7 @@ def _lacks(config: ReferenceConfig, symbols: Collection[str], mpi: str, which: W
         key = "elements" if config.elements is not None else "arguments"
         what = f"{config.calculator} has nothing for {', '.join(unknown)}, which the structures contain"
         yield Lack(key, what, "pseudopotentials, parameters or a model for each element")
-    yield from _data_sets(reference, [symbol for symbol in symbols if symbol not in unknown])
+    yield from missing_data_sets(reference, [symbol for symbol in symbols if symbol not in unknown])
 
 
 def scratch_lacks() -> Iterator[str]:
@@ -145,13 +145,13 @@ def _programs_of(command: str, own: Collection[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _data_sets(reference: Reference, symbols: Collection[str]) -> Iterator[Lack]:
-    """Files per element that the codes look up by themselves."""
+def missing_data_sets(reference: Reference, symbols: Collection[str]) -> list[Lack]:
+    """What is not there of the files per element that some codes look up by themselves."""
     look = {GPAW: _gpaw, VASP: _vasp, AIMS: _aims}.get(reference.calculator)
-    if look is not None:
-        for symbol in symbols:
-            if missing := look(reference, symbol):
-                yield missing
+    if look is None:
+        return []
+    with _environment(reference.environment):
+        return [missing for symbol in symbols if (missing := look(reference, symbol))]
 
 
 def _gpaw(reference: Reference, symbol: str) -> Lack | None:

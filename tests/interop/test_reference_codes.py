@@ -49,7 +49,7 @@ class Case:
 
     atoms: Atoms
     arguments: dict[str, Any] = field(default_factory=dict)
-    step: float = 1.0e-3
+    step: float = 1.0e-4
     tolerance: float = 1.0e-5
     """In eV/Å, and for the stress in eV/Å³."""
     has_stress: bool = True

@@ -17,7 +17,7 @@ from hpcft.labelling.requirements import Lack, lacks, scratch_lacks
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tiny import write_campaign
+from tiny import hpcft, hpcft_to_end, write_campaign
 
 EVERYTHING = {"which": lambda name: name}
 NOTHING = {"which": lambda name: None}
@@ -201,3 +201,28 @@ def test_the_elements_of_all_that_is_labelled_are_looked_up(campaign: Campaign) 
     (problem,) = preflight.reference_problems(default_site(), asked, inputs)
     assert (problem.key, problem.severity) == ("reference.arguments", "error")
     assert "stillinger-weber has nothing for Cu" in problem.what
+
+
+def test_a_campaign_whose_code_is_not_there_is_refused_before_its_folder_is_made(tmp_path: Path) -> None:
+    (tmp_path / "Cu.UPF").write_text("<UPF/>")
+    arguments = {
+        "pseudo_dir": str(tmp_path),
+        "pseudopotentials": {"Cu": "Cu.UPF"},
+        "input_data": {"ecutwfc": 30},
+    }
+    reference = {"calculator": "espresso", "arguments": arguments, "command": "/nowhere/pw.x"}
+    campaign = write_campaign(tmp_path / "inputs", {"reference": reference})
+    run = hpcft("run", campaign, "--dir", tmp_path / "campaign", cwd=tmp_path)
+    said, _ = run.communicate()
+    assert run.returncode == 2
+    assert "reference.command: starts /nowhere/pw.x, and there is no such program there" in said
+    assert not (tmp_path / "campaign").exists()
+
+
+def test_a_campaign_whose_pseudopotential_is_not_there_is_refused_with_its_path(tmp_path: Path) -> None:
+    arguments = {"pseudo_dir": str(tmp_path), "pseudopotentials": {"Cu": "Cu.UPF"}}
+    reference = {"calculator": "espresso", "arguments": arguments, "command": "sh"}
+    campaign = write_campaign(tmp_path / "inputs", {"reference": reference})
+    with pytest.raises(AssertionError, match=f"pseudopotential of Cu, {tmp_path}/Cu.UPF, does not exist"):
+        hpcft_to_end("run", campaign, "--dir", tmp_path / "campaign", cwd=tmp_path)
+    assert not (tmp_path / "campaign").exists()
