@@ -18,7 +18,8 @@ from hpcft import __version__
 from hpcft.campaign.lease import holder, lease
 from hpcft.config.campaign import Campaign, differences
 from hpcft.errors import UserError
-from hpcft.labelling.reference import build_calculator, reference_from, unknown_elements
+from hpcft.labelling.reference import check_arguments, reference_from, unknown_elements, unsuitable
+from hpcft.labelling.requirements import missing_data_sets
 from hpcft.storage.atomic import write_bytes, write_json
 from hpcft.storage.campaign_folder import FORMAT, CampaignFolder
 from hpcft.storage.structures import read_any, write_structures
@@ -137,17 +138,27 @@ def _check_elements(campaign: Campaign, structures: dict[str, Sequence[Atoms]]) 
     from hpcft.models.files import elements_of_file  # torch, and only where a campaign begins
 
     known_to_model = elements_of_file(campaign.foundation)
-    build_calculator(reference, Path(os.devnull).parent)
+    check_arguments(reference)
     for name, group in structures.items():
         numbers = sorted({int(number) for atoms in group for number in atoms.numbers})
-        missing = [chemical_symbols[n] for n in numbers if n not in known_to_model]
-        if missing:
+        unlearnt = [chemical_symbols[n] for n in numbers if n not in known_to_model]
+        if unlearnt:
             raise UserError(
-                f"{name} contains {', '.join(missing)}, which the foundation model {campaign.foundation.name} does not know "
+                f"{name} contains {', '.join(unlearnt)}, which the foundation model {campaign.foundation.name} does not know "
                 f"(it knows {', '.join(chemical_symbols[n] for n in sorted(known_to_model))})"
             )
-        if name != "replay" and (unknown := unknown_elements(reference, numbers)):
+        if name == "replay":
+            continue
+        if unknown := unknown_elements(reference, numbers):
             raise UserError(f"{name} contains {', '.join(unknown)}, which {wish.calculator} does not know")
+        for index, atoms in enumerate(group):
+            if problem := unsuitable(reference, atoms):
+                raise UserError(
+                    f"structure {index} of {name}: {problem}; take it out, or choose another reference"
+                )
+        missing = missing_data_sets(reference, [chemical_symbols[number] for number in numbers])
+        if certain := [lack.what for lack in missing if not lack.may_come_later]:
+            raise UserError("\n".join(certain))
 
 
 def _check_plain(structures: dict[str, Sequence[Atoms]]) -> None:

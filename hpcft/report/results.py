@@ -63,7 +63,7 @@ def read_results(folder: CampaignFolder) -> list[RoundResult]:
             failed += int(product["failed"])
             suspect[name] = len(product.get("suspects", ()))  # each product lists those of all rounds so far
             relaxations += int(product["relaxations"])
-            frames = int(product["frames_done"])
+            frames = int(product["frames_done"]) + int(product.get("relaxation_frames", 0))
             training, judging = (
                 (training + frames, judging) if name == "label" else (training, judging + frames)
             )

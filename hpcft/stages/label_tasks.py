@@ -145,8 +145,9 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
     done = sum(result["done"] for result in results)
     relaxations = sum(len(numbers_of(payload["relaxations"])) for payload in context.plan())
     frames = sum(result["frames_done"] for result in results)
+    learnt = {}
     if context.campaign.relaxations.learn_frames and context.stage == "label":
-        frames += sum(result.get("relaxation_frames", 0) for result in results)
+        learnt["relaxation_frames"] = sum(result.get("relaxation_frames", 0) for result in results)
     return {
         "items": items,
         "done": done,
@@ -154,6 +155,7 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
         "causes": causes,
         "relaxations": relaxations,
         "frames_done": frames,
+        **learnt,
         "suspects": find_suspects(context),
     }
 
