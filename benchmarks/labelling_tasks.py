@@ -61,8 +61,8 @@ def overhead(base: Path, quick: bool) -> Found:
     Both in turn, so that other work on the machine meets both; a task starts its supervisor once, which is not counted per
     label but given by itself.
     """
-    metals = rattled(bulk("Cu", cubic=True).repeat(2), 20 if quick else 200)
-    silicon = rattled(bulk("Si"), 2 if quick else 10)
+    metals = rattled(bulk("Cu", cubic=True).repeat(2), 5 if quick else 200)
+    silicon = rattled(bulk("Si"), 1 if quick else 10)
     repeats = 1 if quick else REPEATS
     start_s = _median(lambda folder: _labelled(metals[:1], EMT_REFERENCE, folder), base, repeats)
     found: Found = {"start_of_a_task_s": start_s}
@@ -83,7 +83,7 @@ def overhead(base: Path, quick: bool) -> Found:
 
 def two_workers(base: Path, quick: bool) -> Found:
     """Labels of one task with two workers against one, in turn; at most the share of two cores that other work leaves."""
-    structures = rattled(bulk("Cu", cubic=True).repeat(3), 10 if quick else 120)
+    structures = rattled(bulk("Cu", cubic=True).repeat(3), 4 if quick else 120)
     repeats = 1 if quick else REPEATS
     ratios = []
     for _ in range(repeats):
@@ -100,7 +100,7 @@ def two_workers(base: Path, quick: bool) -> Found:
 
 def large_shard(base: Path, quick: bool) -> Found:
     """One task of very many EMT structures of 4 atoms, read and written in blocks; memory above that after a hundredth of it."""
-    count = 2_000 if quick else 100_000
+    count = 1_000 if quick else 100_000
     cell = bulk("Cu", cubic=True)
     blocks = (rattled(cell, 1000, seed) for seed in range(count // 1000))
     write_structures_in_blocks(base / "in.h5", blocks, count)
@@ -141,7 +141,7 @@ def random_kills(base: Path, quick: bool) -> Found:
     Each finished calculation appends its energy to a file. What was in hand at a kill may be computed again; what was durable
     before may not.
     """
-    count, kills = (60, 3) if quick else (2_000, 25)
+    count, kills = (30, 3) if quick else (2_000, 25)
     blocks = [rattled(bulk("Cu", cubic=True).repeat(2), count)]
     write_structures_in_blocks(base / "in.h5", blocks, count)
     rng = random.Random(0)

@@ -25,4 +25,10 @@ def test_every_figure_is_measured_and_written(tmp_path: Path) -> None:
     assert figures["quick"] is True
     assert figures["index_lookup_million_s"] > 0
     assert figures["index_lookup_hundred_ms"] > 0
+    assert figures["overhead_ms_per_label"] < figures["bare_ms_espresso"]
+    assert figures["worker_speedup_2"] > 0
+    assert figures["labels_per_second"] > 0
+    assert (figures["num_labels"], figures["files_per_task"]) == (1000, 3)
+    assert figures["kills"] == 3
+    assert (figures["lost"], figures["duplicated"]) == (0, 0)
     assert "index_lookup_million_s" in table
