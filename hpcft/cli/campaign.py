@@ -198,7 +198,7 @@ def cancel(directory: CampaignDir) -> None:
     from hpcft.campaign.manager import record_resume
     from hpcft.campaign.mend import cancel_everything
     from hpcft.campaign.scheduler import Scheduler
-    from hpcft.campaign.settings import campaign_of, site_of
+    from hpcft.campaign.settings import settings_of, site_of
     from hpcft.cluster.slurm import job_is_over
 
     folder = opened(directory)
@@ -210,6 +210,6 @@ def cancel(directory: CampaignDir) -> None:
     with lease(folder.leases, job_is_over=job_is_over if is_slurm else lambda job_id: False):
         if is_slurm:
             dismiss_controller(folder)
-        count = cancel_everything(folder, Scheduler(folder, campaign_of(folder), site))
+        count = cancel_everything(folder, Scheduler(folder, settings_of(folder), site))
         record_resume(folder, time.time())  # what was cancelled has not failed
     typer.echo(f"{count} job{'s' * (count != 1)} cancelled. Go on with: hpcft resume {short(folder.root)}")

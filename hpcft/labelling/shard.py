@@ -49,10 +49,10 @@ def finish_shard(folder: Path, attributes: Mapping[str, Any] | None = None) -> P
             record.result.stress_6 is not None for record in labels if isinstance(record.result, Label)
         )
         structures = [_labelled(record, with_stress) for record in labels]
-        write_structures(folder / LABELS_FILE, _same_arrays(structures), attributes)
+        write_structures(folder / LABELS_FILE, with_same_arrays(structures), attributes)
     if relaxations:
         structures = [_relaxed(record) for record in relaxations]
-        write_structures(folder / RELAXATIONS_FILE, _same_arrays(structures), attributes)
+        write_structures(folder / RELAXATIONS_FILE, with_same_arrays(structures), attributes)
     write_json(folder / FAILURES_FILE, [_failed(record) for record in failures])
     contents = {
         "format": 1,
@@ -131,7 +131,7 @@ def _bookkeeping(record: Record) -> dict[str, Any]:
     return {name: getattr(record, name) for name in _BOOKKEEPING}
 
 
-def _same_arrays(structures: Sequence[Atoms]) -> list[Atoms]:
+def with_same_arrays(structures: Sequence[Atoms]) -> list[Atoms]:
     """Give every structure the arrays that any has: an initial moment or charge that is not set is 0."""
     names: dict[str, Any] = {name: array for atoms in structures for name, array in atoms.arrays.items()}
     for atoms in structures:

@@ -6,8 +6,10 @@ from importlib import import_module
 from typing import cast
 
 from hpcft.stages.context import Stage
+from hpcft.storage.campaign_folder import Kind
 
-_MODULES = {
+_OF_LABELS = {"label": "hpcft.stages.label_file"}
+_OF_CAMPAIGNS = {
     "explore": "hpcft.stages.explore",
     "select": "hpcft.stages.select",
     "label": "hpcft.stages.label",
@@ -18,5 +20,5 @@ _MODULES = {
 }
 
 
-def stage_named(name: str) -> Stage:
-    return cast(Stage, import_module(_MODULES[name]))
+def stage_named(name: str, kind: Kind = "campaign") -> Stage:
+    return cast(Stage, import_module((_OF_LABELS if kind == "label" else _OF_CAMPAIGNS)[name]))
