@@ -47,7 +47,9 @@ def _contents(campaign: Campaign, source: Path) -> Contents:
 
 
 def _read_inputs(campaign: Campaign) -> dict[str, Sequence[Atoms]]:
-    found: dict[str, Sequence[Atoms]] = {name: read_any(path) for name, path in campaign.structure_files().items()}
+    found: dict[str, Sequence[Atoms]] = {
+        name: read_any(path) for name, path in campaign.structure_files().items()
+    }
     if campaign.relaxations.cell:
         for name in {"relaxations-train", "relaxations-test"} & found.keys():
             for index, atoms in enumerate(found[name]):

@@ -19,6 +19,7 @@ from hpcft.cli.drive import (
     short,
     take_steps,
 )
+from hpcft.cli.labelled import show_labels, showing_what_is_done, write_and_show
 from hpcft.storage.campaign_folder import CampaignFolder
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def submit(
         folder, chosen = _made(campaign, site, directory, take_over, detached=True)
     if check:
         refuse_impossible(folder, chosen)
-    job = drive_and_leave(folder, chosen, take_over, resumed=resumed)
+    with showing_what_is_done(folder):
+        job = drive_and_leave(folder, chosen, take_over, resumed=resumed)
     if job is None:
         _finish(folder)
         return
@@ -99,9 +101,12 @@ def resume(
     chosen = chosen_site(folder, site)
     if check:
         refuse_impossible(folder, chosen)
-    if once:
-        typer.echo(take_steps(folder, chosen, take_over))
-    elif drive(folder, chosen, take_over, resumed=True):
+    with showing_what_is_done(folder):
+        if once:
+            typer.echo(take_steps(folder, chosen, take_over))
+            return
+        is_done = drive(folder, chosen, take_over, resumed=True)
+    if is_done:
         _finish(folder)
 
 
@@ -126,6 +131,9 @@ def _made(
 
 
 def _finish(folder: CampaignFolder) -> None:
+    if folder.kind == "label":
+        show_labels(folder)
+        return
     figure = _write_report(folder)
     _print_table(folder)
     last = int(folder.read_identity()["rounds"])
@@ -138,6 +146,9 @@ def _confidence(folder: CampaignFolder) -> float:
 
 
 def _print_table(folder: CampaignFolder) -> None:
+    if folder.kind == "label":
+        show_labels(folder)
+        return
     from rich.console import Console
 
     from hpcft.report.results import read_results
@@ -166,9 +177,11 @@ def _write_report(folder: CampaignFolder) -> Path:
 
 
 def report(directory: CampaignDir) -> None:
-    """Print the table of all rounds so far and write the figure."""
+    """Print the table of all rounds so far and write the figure; of labels alone, write those that are there."""
     folder = CampaignFolder(directory.absolute())
-    folder.read_identity()
+    if folder.kind == "label":
+        write_and_show(folder)
+        return
     _print_table(folder)
     typer.echo(f"figure: {short(_write_report(folder))}")
 

@@ -70,9 +70,14 @@ def refuse_impossible(folder: CampaignFolder, site: Site) -> None:
         cluster = read_cluster()
     except SchedulerUnavailable:
         return  # the manager will say so, and wait
-    errors = [p for p in problems(site, settings_of(folder), cluster) if p.severity == "error"]
+    settings = settings_of(folder)
+    errors = [p for p in problems(site, settings, cluster) if p.severity == "error"]
     if errors:
-        lines = [f"{p.source} {p.key}: {p.what}{f'; {p.accepted}' if p.accepted else ''}" for p in errors]
+        files = {"campaign": "reference file"} if settings.kind == "label" else {}
+        lines = [
+            f"{files.get(p.source, p.source)} {p.key}: {p.what}{f'; {p.accepted}' if p.accepted else ''}"
+            for p in errors
+        ]
         raise UserError(
             "nothing was submitted, for Slurm would not run it:\n  "
             + "\n  ".join(lines)

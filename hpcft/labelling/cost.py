@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,20 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 # Plane waves and localised orbitals cost between the square and the cube of the number of atoms at the sizes that are labelled.
-_DFT = ("espresso", "gpaw", "vasp", "cp2k", "aims", "orca", "abinit", "siesta", "castep", "elk", "nwchem", "dftd")
+_DFT = (
+    "espresso",
+    "gpaw",
+    "vasp",
+    "cp2k",
+    "aims",
+    "orca",
+    "abinit",
+    "siesta",
+    "castep",
+    "elk",
+    "nwchem",
+    "dftd",
+)
 _SEMI_EMPIRICAL = ("tblite", "xtb", "dftb", "mopac")
 _EXPONENTS = {"dft": 3.0, "semi-empirical": 2.0, "classical": 1.0}
 _LARGEST_EXPONENT = 4.0
@@ -102,7 +115,7 @@ def _method(reference: Reference) -> str:
 def count_kpoints(reference: Reference, cell_s33: Floats, pbc_s3: NDArray[np.bool_]) -> Ints:
     """Points of each structure's mesh, symmetry left aside: of the fixed mesh, or of the one that a spacing gives. [S]"""
     mesh = _mesh(reference.arguments, cell_s33, pbc_s3)
-    return np.maximum(1, np.prod(np.where(pbc_s3, mesh, 1), axis=1)).astype(np.int64)
+    return np.asarray(np.prod(np.where(pbc_s3, mesh, 1), axis=1), dtype=np.int64)
 
 
 def _mesh(arguments: Mapping[str, Any], cell_s33: Floats, pbc_s3: NDArray[np.bool_]) -> Ints:
@@ -110,32 +123,29 @@ def _mesh(arguments: Mapping[str, Any], cell_s33: Floats, pbc_s3: NDArray[np.boo
     num = len(cell_s33)
     fixed, per_spacing = _wish(arguments)
     if per_spacing is not None:
-        return np.maximum(1, np.ceil(_reciprocal_lengths(cell_s33, pbc_s3) * per_spacing - 1e-9)).astype(np.int64)
+        points = np.ceil(_reciprocal_lengths(cell_s33, pbc_s3) * per_spacing - 1e-9)
+        return np.asarray(np.maximum(1, points), dtype=np.int64)
     return np.broadcast_to(np.asarray(fixed, dtype=np.int64), (num, 3))
 
 
 def _wish(arguments: Mapping[str, Any]) -> tuple[Sequence[int], float | None]:
     """A fixed mesh, or how many points one 1/Å of a reciprocal vector (without 2 pi) is worth."""
     kpts = arguments.get("kpts", arguments.get("k_grid"))
-    density = arguments.get("k_grid_density")
+    density = _positive(arguments.get("k_grid_density"))
     if isinstance(kpts, Mapping):
-        density, kpts = kpts.get("density", density), kpts.get("size")
-    input_data = arguments.get("input_data")
+        density, kpts = _positive(kpts.get("density")), kpts.get("size")
     # ASE's Espresso has the spacing without 2 pi, VASP with it; a density is points by 1/Å with it.
-    if input_data is not None or "pseudopotentials" in arguments:
-        spacing, unit = arguments.get("kspacing"), 1.0
-    else:
-        spacing, unit = arguments.get("kspacing", arguments.get("kpts_spacing")), 2 * math.pi
-    if _is_number(spacing) and spacing > 0:
-        return (1, 1, 1), unit / float(spacing)
-    if _is_number(density) and density > 0:
-        return (1, 1, 1), 2 * math.pi * float(density)
-    is_mesh = isinstance(kpts, list | tuple) and len(kpts) == 3 and all(map(_is_number, kpts))
-    return (tuple(max(1, int(n)) for n in kpts) if is_mesh else (1, 1, 1)), None
+    is_espresso = "input_data" in arguments or "pseudopotentials" in arguments
+    if (spacing := _positive(arguments.get("kspacing"))) is not None:
+        return (1, 1, 1), (1.0 if is_espresso else 2 * math.pi) / spacing
+    if density is not None:
+        return (1, 1, 1), 2 * math.pi * density
+    mesh = [_positive(n) for n in kpts] if isinstance(kpts, list | tuple) and len(kpts) == 3 else []
+    return [max(1, int(n or 1)) for n in mesh] or (1, 1, 1), None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _positive(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and value > 0 else None
 
 
 def _reciprocal_lengths(cell_s33: Floats, pbc_s3: NDArray[np.bool_]) -> Floats:
@@ -148,13 +158,13 @@ def _reciprocal_lengths(cell_s33: Floats, pbc_s3: NDArray[np.bool_]) -> Floats:
     return lengths
 
 
-def deal_out(cost_s: Iterable[float], num_tasks: int) -> list[list[int]]:
+def deal_out(cost_s: Sequence[float] | Floats, num_tasks: int) -> list[list[int]]:
     """Numbers of the items of each task: the dearest item first, each to the task that has least to do so far.
 
     (Longest processing time first: no later than 4/3 of the best, R. L. Graham, SIAM J. Appl. Math. 17, 416, 1969.) The same
     costs give the same tasks; equal ones are dealt out in turn.
     """
-    costs = np.asarray(list(cost_s) if not isinstance(cost_s, np.ndarray) else cost_s, dtype=float)
+    costs = np.asarray(cost_s, dtype=float)
     order = np.argsort(-costs, kind="stable").tolist()
     tasks: list[list[int]] = [[] for _ in range(num_tasks)]
     loads = [(0.0, task) for task in range(num_tasks)]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ase import Atoms
 
+from hpcft.config.campaign import Relaxations
+from hpcft.config.label_run import Relaxation
 from hpcft.errors import CampaignStopped
 from hpcft.labelling.causes import Failure
 from hpcft.labelling.item import Item, item_key
@@ -19,52 +22,41 @@ from hpcft.labelling.shard import finish_shard, read_shard
 from hpcft.labelling.store import LabelStore
 from hpcft.labelling.worker import label_items
 from hpcft.stages.context import StageContext, TaskContext
-from hpcft.stages.sharing import every, numbers_of
+from hpcft.stages.sharing import numbers_of, work_of
 from hpcft.storage.atomic import read_json
 from hpcft.storage.campaign_folder import RETRY_FAILURES
-from hpcft.storage.structures import count_structures, read_structures
-
-
-def shards(num_frames: int, num_relaxations: int, count: int) -> list[dict[str, Any]]:
-    """Payloads that deal frames and relaxations out in turn; at least one task, so that the stage has a result."""
-    tasks = max(1, min(count, num_frames + num_relaxations))
-    return [
-        {
-            "frames": every(num_frames, task, tasks),
-            "relaxations": every(num_relaxations, tasks - 1 - task, tasks),
-        }
-        for task in range(tasks)
-    ]
-
-
-def count_relaxations(context: StageContext, which: str) -> int:
-    path = context.folder.inputs / f"relaxations-{which}.h5"
-    return count_structures(path) if path.exists() else 0
+from hpcft.storage.structures import read_structures
 
 
 def reference_of(context: StageContext) -> Reference:
     return reference_from(
-        context.campaign.reference, launcher(context.mpi, context.campaign.label.ranks_per_calculation)
+        context.settings.reference, launcher(context.mpi, context.settings.label.ranks_per_calculation)
     )
 
 
-def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str) -> dict[str, Any]:
-    """Label what is still missing of one shard, whose frames are `frames`. A label found in this campaign's earlier
-    rounds is not paid for again.
+def relaxation_items(
+    task: TaskContext, path: Path, settings: Relaxations | Relaxation | None
+) -> Iterator[Item]:
+    """The relaxations of a task, whose start structures are in the file at `path`, if there are any."""
+    numbers = numbers_of(task.payload["relaxations"])
+    if numbers:
+        assert settings is not None
+        for atoms in read_structures(path, numbers):
+            free = atoms.copy()
+            free.set_constraint()
+            yield Item.relaxation(
+                free, fmax=settings.fmax, max_steps=settings.max_steps, with_cell=settings.cell
+            )
+
+
+def run_shard(task: TaskContext, frames: Iterable[Atoms], relaxations: Iterable[Item] = ()) -> dict[str, Any]:
+    """Label what is still missing of one shard: its frames and relaxations, each in the order of the payload's numbers.
+
+    A label found in this campaign's earlier rounds is not paid for again.
     """
     context = task.context
-    items = [Item.single_point(frame) for frame in frames]
-    relaxations = numbers_of(task.payload["relaxations"])
-    if relaxations:
-        settings = context.campaign.relaxations
-        path = context.folder.inputs / f"relaxations-{which_relaxations}.h5"
-        starts = read_structures(path, list(relaxations))
-        items += [
-            Item.relaxation(
-                _free(atoms), fmax=settings.fmax, max_steps=settings.max_steps, with_cell=settings.cell
-            )
-            for atoms in starts
-        ]
+    waiting = {"frames": map(Item.single_point, frames), "relaxations": iter(relaxations)}
+    items = [next(waiting[kind]) for kind, _ in work_of(task.payload)]
     reference = reference_of(context)
     known = LabelStore(context.folder.labels).find([item_key(item, reference) for item in items])
     start = time.monotonic()
@@ -72,7 +64,7 @@ def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str
     causes = {*(read_json(retry)["causes"] if retry.exists() else ()), "interrupted"}
     summary = label_items(items, reference, task.path, known=known, attempt=task.attempt, retry_causes=causes)
     task.ensure_owned()
-    finish_shard(task.path, {"campaign": context.campaign.name, "reference": reference.calculator})
+    finish_shard(task.path, {"campaign": context.settings.name, "reference": reference.calculator})
     retry.unlink(missing_ok=True)
     num_frames = sum(isinstance(record.result, Label) for record in read_shard(task.path))
     return {
@@ -83,12 +75,6 @@ def run_shard(task: TaskContext, frames: Sequence[Atoms], which_relaxations: str
         "causes": dict(summary.causes),
         "wall_s": time.monotonic() - start,
     }
-
-
-def _free(atoms: Atoms) -> Atoms:
-    free = atoms.copy()
-    free.set_constraint()
-    return free
 
 
 def collect_shards(context: StageContext) -> dict[str, Any]:
@@ -104,14 +90,14 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
         for cause, count in result["causes"].items():
             causes[cause] = causes.get(cause, 0) + count
     items, failed = (sum(result[key] for result in results) for key in ("items", "failed"))
-    tolerated = context.campaign.label.tolerated_failures
+    tolerated = context.settings.label.tolerated_failures
     if items and failed / items > tolerated:
         raise CampaignStopped(
             f"{failed} of {items} reference calculations of round {context.round}, stage {context.stage} failed "
             f"({', '.join(f'{n} x {cause}' for cause, n in sorted(causes.items()))}), more than "
             f"label.tolerated_failures = {tolerated:g} allows. Each cause is in failures.json of its task, under "
-            f"{context.here.path}. `hpcft resume` tries the failed ones again; a higher tolerance in the campaign file and "
-            "`hpcft run` goes on without them."
+            f"{context.here.path}. `hpcft resume` tries the failed ones again; with a higher tolerance in its file, the "
+            "command that began all this goes on without them."
         )
     done = sum(result["done"] for result in results)
     relaxations = sum(len(numbers_of(payload["relaxations"])) for payload in context.plan())
@@ -136,7 +122,7 @@ def _salvage(context: StageContext) -> list[dict[str, Any]]:
         records = read_journals(where.path) if where.path.exists() else {}
         done = [r.result for r in records.values() if not isinstance(r.result, Failure)]
         if done:
-            finish_shard(where.path, {"campaign": context.campaign.name})
+            finish_shard(where.path, {"campaign": context.settings.name})
         frames = sum(isinstance(result, Label) for result in done)
         failed = items - len(done)
         found.append(

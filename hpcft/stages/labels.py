@@ -10,7 +10,7 @@ from hpcft.labelling.journal import Record
 from hpcft.labelling.label import Label, Relaxation
 from hpcft.labelling.shard import SHARD_FILE, read_shard
 from hpcft.stages.context import StageContext
-from hpcft.stages.sharing import numbers_of
+from hpcft.stages.sharing import work_of
 
 
 def _records(context: StageContext, stage: str, round_: int) -> Iterator[tuple[str, int, Record]]:
@@ -20,26 +20,29 @@ def _records(context: StageContext, stage: str, round_: int) -> Iterator[tuple[s
         task = where.task(index)
         if not (task.path / SHARD_FILE).exists():  # set aside before it had a single label
             continue
-        numbers = [("frame", i) for i in numbers_of(payload["frames"])] + [
-            ("relaxation", i) for i in numbers_of(payload["relaxations"])
-        ]
+        work = work_of(payload)
         for record in read_shard(task.path):
-            kind, number = numbers[record.index]
-            yield kind, number, record
+            yield *work[record.index], record
 
 
 def label_outcomes(context: StageContext, stage: str, round_: int | None = None) -> dict[int, Atoms]:
     """The labelled structures (REF_energy, REF_forces, REF_stress) by their number; failed ones are missing."""
     found = {}
     for kind, number, record in _records(context, stage, context.round if round_ is None else round_):
-        if kind == "frame" and isinstance(record.result, Label) and record.atoms is not None:
-            atoms = record.atoms.copy()
-            atoms.info["REF_energy"] = record.result.energy
-            atoms.arrays["REF_forces"] = record.result.forces_n3
-            if record.result.stress_6 is not None:
-                atoms.info["REF_stress"] = record.result.stress_6
-            found[number] = atoms
+        if kind == "frames" and isinstance(record.result, Label):
+            found[number] = labelled(record, record.result)
     return dict(sorted(found.items()))
+
+
+def labelled(record: Record, label: Label) -> Atoms:
+    """The structure of a record with its label: REF_energy, REF_forces and REF_stress."""
+    assert record.atoms is not None
+    atoms = record.atoms.copy()
+    atoms.info["REF_energy"] = label.energy
+    atoms.arrays["REF_forces"] = label.forces_n3
+    if label.stress_6 is not None:
+        atoms.info["REF_stress"] = label.stress_6
+    return atoms
 
 
 def training_labels(context: StageContext) -> list[Atoms]:
@@ -57,6 +60,6 @@ def relaxation_results_by_index(context: StageContext, stage: str, round_: int) 
     found = {}
     for kind, number, record in _records(context, stage, round_):
         result = record.result
-        if kind == "relaxation" and isinstance(result, Relaxation) and result.converged:
+        if kind == "relaxations" and isinstance(result, Relaxation) and result.converged:
             found[number] = result
     return dict(sorted(found.items()))

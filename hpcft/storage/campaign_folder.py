@@ -258,6 +258,11 @@ class CampaignFolder:
         return self.root / "observed.json"
 
     @property
+    def exported(self) -> Path:
+        """Of labels alone: what the files for people beside it hold."""
+        return self.root / "exported.json"
+
+    @property
     def aside(self) -> Path:
         """Stages that a user has rewound: kept, never read by a campaign."""
         return self.root / "aside"

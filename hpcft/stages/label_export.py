@@ -1,0 +1,120 @@
+"""The labels of a file for people and other programs: labels.extxyz or relaxed.extxyz, and failed.extxyz."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from ase import Atoms
+
+from hpcft.labelling.journal import Record
+from hpcft.labelling.label import Label, Relaxation
+from hpcft.labelling.shard import FAILURES_FILE, SHARD_FILE, read_shard
+from hpcft.stages.context import StageContext
+from hpcft.stages.labels import labelled
+from hpcft.stages.sharing import work_of
+from hpcft.storage.atomic import publish, read_json, temporary_beside, write_json
+from hpcft.storage.extxyz import extxyz_frame
+from hpcft.storage.structures import count_structures, read_structures, read_texts, write_extxyz
+
+LABELS, RELAXED, FAILED = "labels.extxyz", "relaxed.extxyz", "failed.extxyz"
+_LONGEST_MESSAGE = 500
+
+
+def export(context: StageContext) -> None:
+    """Write what is there so far, in the order of the input, and what of it has failed for what cause; may be repeated."""
+    root, structures = context.folder.root, context.folder.inputs / "structures.h5"
+    for name, kind in ((LABELS, "frames"), (RELAXED, "relaxations")):
+        _write_in_order(root / name, _done(context, kind, read_texts(structures)))
+    failures = dict(sorted(_failures(context).items()))
+    _write_failed(root / FAILED, structures, failures)
+    causes = Counter(cause for cause, _ in failures.values())
+    num_structures = count_structures(structures)
+    write_json(context.folder.exported, {"structures": num_structures, "causes": causes})
+
+
+def _done(context: StageContext, kind: str, texts: list[dict[str, str]]) -> Iterator[tuple[int, Atoms]]:
+    """Number and labelled structure of what is done, shard by shard."""
+    for task, payload in enumerate(context.plan()):
+        folder = context.task_folder(task)
+        if not (folder / SHARD_FILE).exists():
+            continue
+        work = work_of(payload)
+        for record in read_shard(folder):
+            its_kind, number = work[record.index]
+            atoms = _result(record)
+            if its_kind == kind and atoms is not None:
+                atoms.info = {**texts[number], **atoms.info, "index": number}
+                yield number, atoms
+
+
+def _result(record: Record) -> Atoms | None:
+    if isinstance(record.result, Label):
+        return labelled(record, record.result)
+    if not isinstance(record.result, Relaxation):
+        return None
+    result = record.result
+    atoms = result.relaxed.copy()
+    atoms.info = {"REF_energy": result.energy_relaxed, "start_energy": result.energy_start}
+    atoms.info |= {"num_steps": result.num_steps, "max_force": result.max_force}
+    if (result.start.cell.array != result.relaxed.cell.array).any():
+        atoms.info["start_cell"] = result.start.cell.array.ravel()
+    atoms.arrays["start_positions"] = result.start.positions
+    return atoms
+
+
+def _failures(context: StageContext) -> dict[int, tuple[str, str]]:
+    """Cause and message by the structure's number; those of a task that was set aside failed for that."""
+    found: dict[int, tuple[str, str]] = {}
+    aside = context.here.read_set_aside()
+    for task, payload in enumerate(context.plan()):
+        folder, work = context.task_folder(task), work_of(payload)
+        if task in aside:
+            done = {r.index for r in read_shard(folder)} if (folder / SHARD_FILE).exists() else set()
+            rest = [number for index, (_, number) in enumerate(work) if index not in done]
+            found |= dict.fromkeys(rest, ("set-aside", aside[task]))
+        with contextlib.suppress(FileNotFoundError):
+            for failure in read_json(folder / FAILURES_FILE):
+                found[work[failure["index"]][1]] = (failure["cause"], failure["message"])
+    return found
+
+
+def _write_failed(path: Path, structures: Path, failures: dict[int, tuple[str, str]]) -> None:
+    if not failures:
+        path.unlink(missing_ok=True)
+        return
+    atoms_list = read_structures(structures, list(failures))
+    for atoms, (number, (cause, message)) in zip(atoms_list, failures.items(), strict=True):
+        line = " ".join(message.split())[:_LONGEST_MESSAGE]
+        atoms.info |= {"index": number, "cause": cause, "message": line.replace('"', "'")}
+    write_extxyz(path, atoms_list)
+
+
+def _write_in_order(path: Path, numbered: Iterator[tuple[int, Atoms]]) -> None:
+    """Structures that come in any order, more of them than memory holds; no file where there is none."""
+    places: dict[int, tuple[int, int]] = {}
+    with tempfile.TemporaryFile(dir=path.parent) as unsorted:
+        for number, atoms in numbered:
+            text = extxyz_frame(atoms, f"structure {number}").encode()
+            places[number] = (unsorted.tell(), len(text))
+            unsorted.write(text)
+        if places:
+            _publish_sorted(path, unsorted, places)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _publish_sorted(path: Path, unsorted: IO[bytes], places: dict[int, tuple[int, int]]) -> None:
+    temporary = temporary_beside(path)
+    try:
+        with temporary.open("wb") as stream:
+            for _, (start, length) in sorted(places.items()):
+                unsorted.seek(start)
+                stream.write(unsorted.read(length))
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
