@@ -22,7 +22,7 @@ from hpcft.labelling.shard import finish_shard, read_shard
 from hpcft.labelling.store import LabelStore
 from hpcft.labelling.worker import label_items
 from hpcft.stages.context import StageContext, TaskContext
-from hpcft.stages.sharing import numbers_of, work_of
+from hpcft.stages.sharing import kinds_of, numbers_of
 from hpcft.storage.atomic import read_json
 from hpcft.storage.campaign_folder import RETRY_FAILURES
 from hpcft.storage.structures import read_structures
@@ -55,8 +55,8 @@ def run_shard(task: TaskContext, frames: Iterable[Atoms], relaxations: Iterable[
     A label found in this campaign's earlier rounds is not paid for again.
     """
     context = task.context
-    waiting = {"frames": map(Item.single_point, frames), "relaxations": iter(relaxations)}
-    items = [next(waiting[kind]) for kind, _ in work_of(task.payload)]
+    waiting = {"frames": map(Item.single_point, frames), "relaxations": relaxations}
+    items = [item for kind in kinds_of(task.payload) for item in waiting[kind]]
     reference = reference_of(context)
     known = LabelStore(context.folder.labels).find([item_key(item, reference) for item in items])
     start = time.monotonic()

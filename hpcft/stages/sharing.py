@@ -71,7 +71,7 @@ def share_of(numbers: Sequence[int]) -> str:
     while start < len(numbers):
         end = start + 1
         step = numbers[end] - numbers[start] if end < len(numbers) else 0
-        while end < len(numbers) and numbers[end] - numbers[end - 1] == step:
+        while step and end < len(numbers) and numbers[end] - numbers[end - 1] == step:
             end += 1
         if end - start < 3:
             end = start + 1
@@ -95,8 +95,13 @@ def numbers_of(share: str | Mapping[str, int]) -> list[int]:
 
 def work_of(payload: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Kind (frames, relaxations) and number of each item of a labelling task, in the order in which workers get them."""
-    order = payload.get("order", ("frames", "relaxations"))  # as plans had it before they said so
-    return [(kind, number) for kind in order for number in numbers_of(payload[kind])]
+    return [(kind, number) for kind in kinds_of(payload) for number in numbers_of(payload[kind])]
+
+
+def kinds_of(payload: Mapping[str, Any]) -> Sequence[str]:
+    """frames and relaxations, in the order in which a labelling task has them."""
+    order: Sequence[str] = payload.get("order", ("frames", "relaxations"))  # as before plans said so
+    return order
 
 
 def last_states(context: StageContext) -> dict[int, dict[str, Any]]:

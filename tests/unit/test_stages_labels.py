@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
@@ -15,7 +16,8 @@ from hpcft.errors import CampaignStopped
 from hpcft.labelling.item import Item, item_key
 from hpcft.labelling.store import LabelStore
 from hpcft.stages.context import StageContext, TaskContext
-from hpcft.stages.label_tasks import collect_shards, reference_of, run_shard, shards
+from hpcft.stages.label_plan import shards
+from hpcft.stages.label_tasks import collect_shards, reference_of, run_shard
 from hpcft.stages.labels import label_outcomes
 from hpcft.storage.atomic import write_json
 from hpcft.storage.campaign_folder import CampaignFolder
@@ -53,7 +55,7 @@ def results(folder: CampaignFolder, *counts: dict[str, Any]) -> StageContext:
     """Round 1's label stage, planned with five frames and three relaxations in two tasks, of which these are done."""
     here = context(folder, 1, "label")
     here.here.outcomes.mkdir(parents=True)
-    write_json(here.here.plan, {"tasks": shards(5, 3, 2)})
+    write_json(here.here.plan, {"tasks": shards(np.ones(5), np.ones(3), 2)})
     for index, count in enumerate(counts):
         here.here.task(index).path.mkdir(parents=True)
         write_json(here.here.task(index).result, count)
@@ -111,7 +113,7 @@ def copper(seed: int) -> Atoms:
 
 def label(here: StageContext, index: int, frames: list[Atoms], payload: dict[str, Any]) -> dict[str, Any]:
     here.here.task(index).path.mkdir(parents=True, exist_ok=True)
-    return run_shard(TaskContext(here, index, payload, 1, Rank()), frames, "train")
+    return run_shard(TaskContext(here, index, payload, 1, Rank()), frames)
 
 
 def test_a_label_of_an_earlier_round_is_found_again_and_not_paid_for(folder: CampaignFolder) -> None:
@@ -119,7 +121,7 @@ def test_a_label_of_an_earlier_round_is_found_again_and_not_paid_for(folder: Cam
     for round_, frames in ((1, [known]), (2, [new, known])):
         here = context(folder, round_, "label")
         here.here.path.mkdir(parents=True, exist_ok=True)
-        [payload] = shards(len(frames), 0, 1)
+        [payload] = shards(np.ones(len(frames)), np.zeros(0), 1)
         write_json(here.here.plan, {"tasks": [payload]})
         result = label(here, 0, frames, payload)
         assert (result["items"], result["done"], result["failed"]) == (len(frames), len(frames), 0)
@@ -142,7 +144,7 @@ def test_what_a_task_had_labelled_before_it_was_set_aside_is_kept_and_the_rest_h
     """Its journal holds two of three frames; it never came to publish them."""
     here = context(folder, 1, "label", **TOLERANT)
     here.here.path.mkdir(parents=True)
-    plan = shards(5, 0, 2)
+    plan = shards(np.ones(5), np.zeros(0), 2)
     write_json(here.here.plan, {"tasks": plan})
     frames = [copper(seed) for seed in range(5)]
     done = label(here, 1, [frames[1], frames[3]], plan[1])
@@ -174,7 +176,7 @@ def test_a_task_that_was_set_aside_before_it_had_a_label_has_failed_with_all_its
 ) -> None:
     here = context(folder, 1, "label", **TOLERANT)
     here.here.path.mkdir(parents=True)
-    plan = shards(5, 0, 2)
+    plan = shards(np.ones(5), np.zeros(0), 2)
     write_json(here.here.plan, {"tasks": plan})
     result = label(here, 0, [copper(seed) for seed in (0, 2, 4)], plan[0])
     set_aside(here, 1)
