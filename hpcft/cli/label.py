@@ -79,6 +79,8 @@ def label(
         raise UserError(
             f"--{next(iter(relaxation)).replace('_', '-')} is for relaxations; add --relax, or leave it out"
         )
+    if not structures.is_file():
+        raise UserError(f"{structures} does not exist or is no file; check the name.")
     name = _name_of(structures)
     known = CampaignFolder((directory or Path("runs") / f"label-{name}").absolute())
     chosen = chosen_site(known, site)
@@ -124,7 +126,7 @@ def _settings(
     about = {"name": name, "structures": str(structures.absolute()), "relaxation": relaxation}
     said = file.model_dump(mode="json", include={"label", "max_attempts", "max_interruptions"})
     content = {**about, **said, "reference": file.reference.model_dump(mode="json")}
-    return validate(LabelRun, Document(content, {}), structures)
+    return validate(LabelRun, Document(content, {}), Path("the command line"))
 
 
 def _with_cores(section: Mapping[str, Any]) -> Any:
