@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,12 @@ def show_labels(folder: CampaignFolder) -> None:
         return
     from rich.console import Console
 
-    exported = read_json(folder.exported)
-    causes = dict(exported["causes"])
+    counts = read_json(folder.exported)
     console = Console(highlight=False)
-    console.print(_table(int(exported["structures"]), causes))
+    console.print(_table(counts))
     for path in _files(folder):
         console.print(f"written: {short(path)}", soft_wrap=True, markup=False)
-    if causes:
+    if counts["failed"]:
         where = short(folder.root)
         console.print(
             f"Try all that has failed again: hpcft resume {where}\n"
@@ -62,15 +61,17 @@ def write_and_show(folder: CampaignFolder) -> None:
         typer.echo("nothing is done yet: the run has not been planned")
 
 
-def _table(num_structures: int, causes: dict[str, int]) -> Any:
+def _table(counts: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
-    num_failed = sum(causes.values())
-    table = Table("structures", "", box=None, pad_edge=False)
+    rows = {"done": counts["done"]}
+    rows |= {f"failed: {cause}": count for cause, count in sorted(counts["failed"].items())}
+    rows["not yet"] = counts["structures"] - sum(rows.values())
+    table = Table("", "", box=None, pad_edge=False, show_header=False)
     table.columns[1].justify = "right"
-    for cause, count in sorted(causes.items()):
-        table.add_row(f"failed: {cause}", str(count))
-    table.add_row("done" if not num_failed else "all others", str(num_structures - num_failed))
+    for name, count in rows.items():
+        if count or name == "done":
+            table.add_row(name, str(count))
     return table
 
 

@@ -28,20 +28,23 @@ _LONGEST_MESSAGE = 500
 def export(context: StageContext) -> None:
     """Write what is there so far, in the order of the input, and what of it has failed for what cause; may be repeated."""
     root, structures = context.folder.root, context.folder.inputs / "structures.h5"
-    for name, kind in ((LABELS, "frames"), (RELAXED, "relaxations")):
-        _write_in_order(root / name, _done(context, kind, read_texts(structures)))
+    texts = read_texts(structures)
+    num_done = sum(
+        _write_in_order(root / name, _done(context, kind, texts))
+        for name, kind in ((LABELS, "frames"), (RELAXED, "relaxations"))
+    )
     failures = dict(sorted(_failures(context).items()))
     _write_failed(root / FAILED, structures, failures)
     causes = Counter(cause for cause, _ in failures.values())
-    num_structures = count_structures(structures)
-    write_json(context.folder.exported, {"structures": num_structures, "causes": causes})
+    counts = {"structures": count_structures(structures), "done": num_done, "failed": causes}
+    write_json(context.folder.exported, counts)
 
 
 def _done(context: StageContext, kind: str, texts: list[dict[str, str]]) -> Iterator[tuple[int, Atoms]]:
     """Number and labelled structure of what is done, shard by shard."""
     for task, payload in enumerate(context.plan()):
         folder = context.task_folder(task)
-        if not (folder / SHARD_FILE).exists():
+        if not payload[kind] or not (folder / SHARD_FILE).exists():
             continue
         work = work_of(payload)
         for record in read_shard(folder):
@@ -94,8 +97,8 @@ def _write_failed(path: Path, structures: Path, failures: dict[int, tuple[str, s
     write_extxyz(path, atoms_list)
 
 
-def _write_in_order(path: Path, numbered: Iterator[tuple[int, Atoms]]) -> None:
-    """Structures that come in any order, more of them than memory holds; no file where there is none."""
+def _write_in_order(path: Path, numbered: Iterator[tuple[int, Atoms]]) -> int:
+    """Write structures that come in any order, more of them than memory holds; returns how many, no file for none."""
     places: dict[int, tuple[int, int]] = {}
     with tempfile.TemporaryFile(dir=path.parent) as unsorted:
         for number, atoms in numbered:
@@ -106,6 +109,7 @@ def _write_in_order(path: Path, numbered: Iterator[tuple[int, Atoms]]) -> None:
             _publish_sorted(path, unsorted, places)
         else:
             path.unlink(missing_ok=True)
+    return len(places)
 
 
 def _publish_sorted(path: Path, unsorted: IO[bytes], places: dict[int, tuple[int, int]]) -> None:

@@ -8,8 +8,8 @@ from typing import cast
 from hpcft.stages.context import Stage
 from hpcft.storage.campaign_folder import Kind
 
-_OF_LABELS = {"label": "hpcft.stages.label_file"}
-_OF_CAMPAIGNS = {
+_MODULES_OF_LABELS = {"label": "hpcft.stages.label_file"}
+_MODULES = {
     "explore": "hpcft.stages.explore",
     "select": "hpcft.stages.select",
     "label": "hpcft.stages.label",
@@ -21,4 +21,4 @@ _OF_CAMPAIGNS = {
 
 
 def stage_named(name: str, kind: Kind = "campaign") -> Stage:
-    return cast(Stage, import_module((_OF_LABELS if kind == "label" else _OF_CAMPAIGNS)[name]))
+    return cast(Stage, import_module((_MODULES_OF_LABELS if kind == "label" else _MODULES)[name]))

@@ -11,6 +11,7 @@ import yaml
 from ase.build import bulk
 
 from hpcft.config.campaign import Reference
+from hpcft.config.label_run import ReferenceFile
 from hpcft.config.site import Site
 from hpcft.config.training import Train, TrainingRun
 
@@ -43,6 +44,11 @@ def test_the_examples_of_a_campaign_s_sections_are_valid() -> None:
     for example in (training, recommended):
         Train.model_validate(example["train"])
     Reference.model_validate(reference["reference"])
+
+
+def test_the_example_of_a_reference_without_a_campaign_is_valid() -> None:
+    (example,) = yaml_examples("label-command.md")
+    assert ReferenceFile.model_validate(example).reference.time_limit_s == 7200
 
 
 def test_the_example_of_a_training_is_valid(tmp_path: Path) -> None:

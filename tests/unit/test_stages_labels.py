@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,21 @@ from ase.build import bulk
 from hpcft.campaign.tidy import tidy
 from hpcft.config.campaign import Campaign
 from hpcft.errors import CampaignStopped
+from hpcft.labelling.cost import cost_model
 from hpcft.labelling.item import Item, item_key
+from hpcft.labelling.journal import Journal, Record, journal_path
+from hpcft.labelling.label import Label
+from hpcft.labelling.shard import finish_shard
 from hpcft.labelling.store import LabelStore
+from hpcft.stages import label as label_stage
 from hpcft.stages.context import StageContext, TaskContext
-from hpcft.stages.label_plan import shards
+from hpcft.stages.label_plan import seen_so_far, shards
 from hpcft.stages.label_tasks import collect_shards, reference_of, run_shard
 from hpcft.stages.labels import label_outcomes
+from hpcft.stages.sharing import work_of
 from hpcft.storage.atomic import write_json
 from hpcft.storage.campaign_folder import CampaignFolder
-from hpcft.storage.structures import read_structures
+from hpcft.storage.structures import read_structures, write_structures
 from hpcft.training.rank import Rank
 
 CONFIG: dict[str, Any] = {
@@ -203,3 +210,38 @@ def test_stages_that_follow_see_only_tasks_with_a_result(folder: CampaignFolder)
     tidy(here.here)
     assert [task.index for task in here.tasks_of("label")] == [0]
     assert [result["done"] for result in here.results()] == [4]
+
+
+def finished_calculations(folder: CampaignFolder, seconds: Callable[[int], float]) -> None:
+    """Labels of cells of 4 to 40 atoms in round 0, which took as long as `seconds` says; and what teaches nothing."""
+    task = folder.stage(0, "reference").task(0).path
+    task.mkdir(parents=True)
+    calculations: list[tuple[int, float, dict[str, Any]]] = []
+    for repeat in range(1, 11):
+        calculations += [
+            (repeat, seconds(4 * repeat), {}),
+            (repeat, 1000.0, {"rung": 1}),  # the ladder's first tries are in it
+            (repeat, 0.0, {"found": True}),
+        ]
+    with Journal(journal_path(task, 1)) as journal:
+        for index, (repeat, wall_s, more) in enumerate(calculations):
+            atoms = bulk("Cu", cubic=True).repeat((repeat, 1, 1))
+            label = Label(-1.0, "energy", np.zeros((len(atoms), 3)), None)
+            journal.append(Record(index, f"{index:064x}", "single-point", label, atoms, wall_s, **more))
+    finish_shard(task)
+
+
+def test_shards_are_packed_by_what_earlier_rounds_have_taken(folder: CampaignFolder) -> None:
+    """A cell of 40 atoms is worth 10 of 4 where time is linear in them, and 100 where it is quadratic."""
+    sizes = [40] + [4] * 30
+    cells = [bulk("Cu", cubic=True).repeat((size // 4, 1, 1)) for size in sizes]
+    selected = folder.stage(1, "select").task(0).path
+    selected.mkdir(parents=True)
+    write_structures(selected / "selected.h5", cells)
+    here = context(folder, 1, "label")
+    assert [len(work_of(task)) for task in label_stage.plan(here)] == [11, 20]
+    finished_calculations(folder, lambda num_atoms: 0.01 * num_atoms**2)
+    assert [len(work_of(task)) for task in label_stage.plan(here)] == [1, 30]
+    assert label_stage.plan(here) == label_stage.plan(here)
+    model = cost_model(reference_of(here), seen_so_far(folder, reference_of(here)))
+    assert model.single_points(np.array([4, 40]), np.array([1, 1])) == pytest.approx([0.16, 16.0])
