@@ -92,7 +92,9 @@ def check_reference(wish: Reference, structures: Mapping[str, Sequence[Atoms]]) 
     reference = reference_from(wish)
     build_calculator(reference, Path(os.devnull).parent)
     for name, group in structures.items():
-        numbers = {int(number) for atoms in group for number in atoms.numbers}
+        numbers: set[int] = set()
+        for atoms in group:
+            numbers.update(atoms.numbers.tolist())
         if unknown := unknown_elements(reference, numbers):
             raise UserError(f"{name} contains {', '.join(unknown)}, which {wish.calculator} does not know")
 

@@ -21,19 +21,9 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 # Plane waves and localised orbitals cost between the square and the cube of the number of atoms at the sizes that are labelled.
-_DFT = (
-    "espresso",
-    "gpaw",
-    "vasp",
-    "cp2k",
-    "aims",
-    "orca",
-    "abinit",
-    "siesta",
-    "castep",
-    "elk",
-    "nwchem",
-    "dftd",
+_DFT = frozenset(
+    "espresso gpaw vasp cp2k aims orca abinit siesta castep elk exciting fleur nwchem octopus "  # noqa: SIM905 (20 lines)
+    "onetep openmx psi4 qchem sparc turbomole".split()
 )
 _SEMI_EMPIRICAL = ("tblite", "xtb", "dftb", "mopac")
 _EXPONENTS = {"dft": 3.0, "semi-empirical": 2.0, "classical": 1.0}
