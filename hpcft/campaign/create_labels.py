@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from ase import Atoms
 
 from hpcft.campaign.create import check_reference
@@ -12,7 +13,6 @@ from hpcft.campaign.new_folder import REFERENCE_COPY, Contents, made_or_found
 from hpcft.config.label_run import LabelRun
 from hpcft.errors import UserError
 from hpcft.labelling.item import Item, plain_structure
-from hpcft.labelling.shard import with_same_arrays
 from hpcft.storage.campaign_folder import CampaignFolder
 from hpcft.storage.structures import read_any
 
@@ -52,8 +52,11 @@ def _check_relaxation(run: LabelRun, index: int, atoms: Atoms) -> None:
 
 def _plain(structures: Sequence[Atoms]) -> list[Atoms]:
     """What decides a label, and texts such as config_type, which need not be the same in every frame."""
-    kept = with_same_arrays([plain_structure(atoms) for atoms in structures])
+    kept = [plain_structure(atoms) for atoms in structures]
+    arrays = {name: array for plain in kept for name, array in plain.arrays.items()}
     for plain, atoms in zip(kept, structures, strict=True):
+        for name in arrays.keys() - plain.arrays.keys():  # a moment or charge that is not set is 0
+            plain.set_array(name, np.zeros((len(plain), *arrays[name].shape[1:])))
         plain.info = {
             key: value for key, value in atoms.info.items() if isinstance(key, str) and isinstance(value, str)
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 from hpcft.campaign.archive import TRAJECTORY, left_out_before
 from hpcft.campaign.verify import Findings, naming, sha256_of
-from hpcft.labelling.shard import FAILURES_FILE, LABELS_FILE, RELAXATIONS_FILE, SHARD_FILE
+from hpcft.labelling.shard import FAILURES_FILE, FRAMES_FILE, LABELS_FILE, RELAXATIONS_FILE, SHARD_FILE
 from hpcft.labelling.store import LabelStore
 from hpcft.storage.atomic import read_json
 from hpcft.storage.campaign_folder import CampaignFolder, StageFolder
@@ -143,7 +143,9 @@ class _StageCheck:
         with naming(self.findings, self.folder, shard):
             contents = read_json(shard)
             frames, relaxations = len(contents["labels"]), len(contents["relaxations"])
-            for name, count in ((LABELS_FILE, frames), (RELAXATIONS_FILE, relaxations)):
+            on_the_way = len(contents["frames"])
+            files = ((LABELS_FILE, frames), (RELAXATIONS_FILE, relaxations), (FRAMES_FILE, on_the_way))
+            for name, count in files:
                 if count and not (path / name).exists():
                     self.add(path / name, f"is missing: {count} results are in it; {self.remedy}")
                 elif count:

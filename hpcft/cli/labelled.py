@@ -76,8 +76,8 @@ def _table(counts: Mapping[str, Any]) -> Any:
 
 
 def _files(folder: CampaignFolder) -> Iterator[Path]:
-    from hpcft.stages.label_export import FAILED, LABELS, RELAXED
+    from hpcft.stages.label_export import FAILED, FRAMES, LABELS, RELAXED
 
-    for name in (LABELS, RELAXED, FAILED):
+    for name in (LABELS, RELAXED, FRAMES, FAILED):
         if (folder.root / name).exists():
             yield folder.root / name

@@ -55,7 +55,7 @@ def retry(
         typer.Option(
             "--cause",
             help="Only what ended so: error, time-limit, out-of-memory, node-failure, preempted, cancelled, failed, lost, "
-            "or the cause of a failed label, such as scf-unconverged.",
+            "or the cause of a failed label, such as scf.",
         ),
     ] = None,
     changes: Annotated[

@@ -31,8 +31,8 @@ SHORT_NAMES = (
 def _short_or_dotted(name: str) -> str:
     if "." not in name and name not in SHORT_NAMES:
         raise ValueError(
-            f"{shown(name)} is no short name (those are {', '.join(SHORT_NAMES)}); name any other ASE calculator by its "
-            "class with its module, such as ase.calculators.emt.EMT"
+            f"{shown(name)} is no short name (those are {', '.join(SHORT_NAMES)}); for any other ASE calculator "
+            "name a class with its module, such as ase.calculators.emt.EMT"
         )
     return name
 

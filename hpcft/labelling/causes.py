@@ -63,6 +63,16 @@ class Failure:
     output: str = ""
 
 
+@dataclass(frozen=True)
+class Try:
+    """How a try on one rung of the ladder failed."""
+
+    rung: int
+    cause: str
+    message: str
+    wall_s: float
+
+
 @contextmanager
 def calculator_errors(calculator: Any) -> Iterator[None]:
     """Turn whatever a calculator raises into a LabelError."""

@@ -5,18 +5,39 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from ase import Atoms
+
 from hpcft.errors import LabelError, UserError
-from hpcft.labelling.causes import Failure, label_error
-from hpcft.labelling.item import Item
+from hpcft.labelling.causes import Failure, Try, label_error
+from hpcft.labelling.item import Item, plain_structure
 from hpcft.labelling.label import Label, Relaxation, compute_label, relax
 from hpcft.labelling.reference import Reference, build_calculator, unknown_elements
 
 Result = Label | Relaxation | Failure
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """A structure on the way of a relaxation, and its label."""
+
+    atoms: Atoms
+    label: Label
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What became of an item, on which rung of the ladder, and the tries that failed."""
+
+    result: Result
+    rung: int = 0
+    tries: tuple[Try, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,14 +62,16 @@ def become_child(output: int) -> None:
 
 
 def serve(connection: Connection, reference: Reference) -> None:
-    """Answer (item, directory) with (result, rung) or a Refusal, after a None for each calculation before."""
+    """Answer (item, known frames, directory) with an Answer or a Refusal, after a Frame for each calculation of a
+    relaxation and a None for each try that failed before.
+    """
     home = Path.cwd()
     while True:
         try:
-            item, directory = connection.recv()
+            item, known, directory = connection.recv()
         except EOFError:
             return
-        message = _compute(item, reference, directory, connection)
+        message = _compute(item, known, reference, directory, connection)
         sys.stdout.flush()
         sys.stderr.flush()
         os.chdir(home)
@@ -56,16 +79,20 @@ def serve(connection: Connection, reference: Reference) -> None:
 
 
 def _compute(
-    item: Item, reference: Reference, directory: Path, connection: Connection
-) -> tuple[Result, int] | Refusal:
-    """The result on the first rung of the ladder that converges, and the number of that rung."""
+    item: Item, known: Sequence[Frame], reference: Reference, directory: Path, connection: Connection
+) -> Answer | Refusal:
+    """The result on the first rung of the ladder that converges, and how those before it ended."""
+    tries: list[Try] = []
+    frames = {_place(frame.atoms): frame.label for frame in known}
     for rung, arguments in enumerate(reference.rungs()):
         if rung > 0:
             connection.send(None)
+        start = time.monotonic()
         attempt_directory = directory / f"rung-{rung}"
         attempt_directory.mkdir()
         try:
-            return _compute_once(item, reference.at_rung(arguments), attempt_directory, connection), rung
+            result = _compute_once(item, frames, reference.at_rung(arguments), attempt_directory, connection)
+            return Answer(result, rung, tuple(tries))
         except LabelError as error:
             if error.__cause__ is not None:
                 traceback.print_exc()
@@ -74,32 +101,41 @@ def _compute(
             return Refusal(str(error))
         except (Exception, SystemExit) as error:
             traceback.print_exc()
-            known = label_error(error, attempt_directory)
-            failure = Failure(known.cause, str(known))
+            known_as = label_error(error, attempt_directory)
+            failure = Failure(known_as.cause, str(known_as))
+        tries.append(Try(rung, failure.cause, failure.message, time.monotonic() - start))
         if failure.cause != "scf":
             break
-    return failure, rung
+    return Answer(failure, rung, tuple(tries))
 
 
 def _compute_once(
-    item: Item, reference: Reference, directory: Path, connection: Connection
+    item: Item,
+    known: dict[bytes, Label],
+    reference: Reference,
+    directory: Path,
+    connection: Connection,
 ) -> Label | Relaxation:
     calculator = build_calculator(reference, directory)
     unknown = unknown_elements(reference, item.atoms.numbers)
     if unknown:
         raise LabelError("bad-input", f"{reference.calculator} cannot do {', '.join(unknown)}")
     os.chdir(directory)  # for codes that write wherever they stand; the build may have read relative paths
+
+    def label_of(atoms: Atoms) -> Label:
+        return compute_label(atoms, calculator, properties=reference.properties, energy=reference.energy)
+
+    def frame_of(atoms: Atoms) -> Label:
+        place = _place(atoms)
+        if place not in known:
+            known[place] = label_of(atoms)
+            connection.send(Frame(plain_structure(atoms), known[place]))
+        return known[place]
+
     if item.kind == "single-point":
-        return compute_label(item.atoms, calculator)
+        return label_of(item.atoms)
     assert item.fmax is not None and item.max_steps is not None
-    relaxation = relax(
-        item.atoms,
-        calculator,
-        item.fmax,
-        item.max_steps,
-        with_cell=item.with_cell,
-        on_step=lambda: connection.send(None),
-    )
+    relaxation = relax(item.atoms, frame_of, item.fmax, item.max_steps, with_cell=item.with_cell)
     if not relaxation.converged:
         raise LabelError(
             "unconverged",
@@ -107,3 +143,8 @@ def _compute_once(
             f"above {item.fmax:g} eV/Å",
         )
     return relaxation
+
+
+def _place(atoms: Atoms) -> bytes:
+    """Where atoms and cell are, to the last bit: the same labels lead a relaxation the same way."""
+    return bytes((atoms.positions + 0.0).tobytes() + (atoms.cell.array + 0.0).tobytes())

@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
 from ase import Atoms
 
 from hpcft.errors import UserError
 from hpcft.labelling.reference import Reference
+from hpcft.storage.structures import StructureFile, read_structures
 
 Kind = Literal["single-point", "relaxation"]
 
 # What a reference calculation may depend on besides numbers, positions, cell and periodicity.
+_BLOCK = 1_000  # structures that are read at once
 _OPTIONAL_ARRAYS = ("initial_magmoms", "initial_charges")
 
 
@@ -59,6 +63,34 @@ class Item:
     def relaxation(cls, atoms: Atoms, *, fmax: float, max_steps: int, with_cell: bool = False) -> Item:
         """The structure that all atoms together relax to in a fixed cell, or with their cell at zero pressure."""
         return cls("relaxation", atoms, fmax, max_steps, with_cell)
+
+
+class StoredItems(Sequence[Item]):
+    """Items whose structures lie in a file of `write_structures` and are read when they are used.
+
+    `numbers` are those of the structures wanted; `make` turns one into its item.
+    """
+
+    def __init__(self, path: Path, numbers: Sequence[int], make: Callable[[Atoms], Item]) -> None:
+        self._path, self._numbers, self._make = path, numbers, make
+        self._file = StructureFile(path)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+        if isinstance(index, slice):
+            return StoredItems(self._path, self._numbers[index], self._make)
+        number = self._numbers[index]
+        return self._make(self._file.read(number, number + 1)[0])
+
+    def __iter__(self) -> Iterator[Item]:
+        for first in range(0, len(self), _BLOCK):
+            yield from map(self._make, read_structures(self._path, self._numbers[first : first + _BLOCK]))
 
 
 def plain_structure(atoms: Atoms) -> Atoms:

@@ -6,14 +6,14 @@ Shape suffixes: n atoms, 3 directions, 6 Voigt components.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import PropertyNotImplementedError, all_changes
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from numpy.typing import NDArray
 
 from hpcft.errors import LabelError
@@ -29,18 +29,25 @@ _NET_FORCE_SHARE = 0.05  # of the summed magnitudes
 _NET_FORCE_PER_ATOM = 0.01  # eV/Å
 
 
+EXTRA_SHAPES: Mapping[str, tuple[int, ...] | None] = {"magmoms": None, "charges": None, "dipole": (3,)}
+"""Shape of what a label may hold beside energy, forces and stress; None: a number for each atom."""
+
+
 @dataclass(frozen=True, eq=False)
 class Label:
     """What a single-point gave.
 
-    `energy_kind` is 'free_energy' where that is the energy the forces derive from, and 'energy' where the
-    code offers nothing else. `stress_6` is None where the code has none or nothing is periodic.
+    `energy_kind` is 'free_energy' where that is the energy the forces derive from, and 'energy' where the code offers
+    nothing else, or where the energy extrapolated to zero smearing was asked for. `stress_6` is None where the code has
+    none or nothing is periodic. `extra` holds what else was asked for: magmoms [n] (Bohr magnetons), charges [n] (e),
+    dipole [3] (e Å).
     """
 
     energy: float
     energy_kind: EnergyKind
     forces_n3: Array
     stress_6: Array | None
+    extra: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,41 +67,50 @@ class Relaxation:
     max_force: float
 
 
-def compute_label(atoms: Atoms, calculator: Any) -> Label:
+def compute_label(
+    atoms: Atoms,
+    calculator: Any,
+    *,
+    properties: Sequence[str] = (),
+    energy: Literal["free", "extrapolated"] = "free",
+) -> Label:
     """Energy, forces and stress from one reference calculation; LabelError if they are missing or impossible.
 
     Constraints of `atoms` do not act on the forces. `calculator` may be any ASE calculator; it is asked for
-    all at once.
+    all at once, with `properties` (see Label.extra) beside the three.
     """
     structure = plain_structure(atoms)
     check_geometry(structure)
     with calculator_errors(calculator):
-        results = _calculate(structure, calculator)
+        results = _calculate(structure, calculator, properties)
         _refuse_unconverged(calculator)
-    energy, kind = _energy(results)
+    value, kind = _energy(results, energy)
     forces_n3 = _array(results, "forces", (len(structure), 3))
     stress_6 = None if results.get("stress") is None else _voigt(results["stress"])
-    check_finite(energy, forces_n3, stress_6)
+    check_finite(value, forces_n3, stress_6)
     _check_net_force(forces_n3)
-    return Label(energy, kind, forces_n3, stress_6)
+    per_atom = (len(structure),)
+    extra = {name: _array(results, name, EXTRA_SHAPES[name] or per_atom) for name in properties}
+    return Label(value, kind, forces_n3, stress_6, extra)
 
 
 def relax(
     atoms: Atoms,
-    calculator: Any,
+    label_of: Callable[[Atoms], Label],
     fmax: float,
     max_steps: int,
     *,
     with_cell: bool = False,
-    on_step: Callable[[], None] | None = None,
 ) -> Relaxation:
     """Relax all atoms at fixed cell with BFGS to forces below `fmax` (eV/Å), in at most `max_steps`.
+
+    `label_of` gives the label of each structure on the way; it may know some of them from an earlier attempt. BFGS
+    decides by them alone, so the same labels lead the same way.
 
     `with_cell`: the cell relaxes too, at zero pressure, till the generalised forces of ASE's FrechetCellFilter are below
     `fmax` as well.
 
-    `on_step` is called after each reference calculation. LabelError if any of them fails; not converging is
-    no error but a result with `converged` False.
+    LabelError if any calculation fails; not converging is no error but a result with `converged` False.
     """
     from ase.filters import FrechetCellFilter
     from ase.optimize.bfgs import BFGS
@@ -102,33 +118,49 @@ def relax(
     start = plain_structure(atoms)
     check_geometry(start)
     moving = start.copy()
-    moving.calc = calculator
-    energies: list[float] = []
-    kind: EnergyKind = "energy"
-    max_force, converged = np.inf, False
-    with calculator_errors(calculator):
-        optimizer = BFGS(FrechetCellFilter(moving) if with_cell else moving, logfile=None)
-        for converged_now in optimizer.irun(fmax=fmax, steps=max_steps):
-            converged = bool(converged_now)
-            forces_n3 = np.asarray(moving.get_forces(), dtype=np.float64)
-            energy, kind = _energy_of(moving)
-            _refuse_unconverged(calculator)
-            check_finite(energy, forces_n3, None)
-            energies.append(energy)
-            max_force = float(np.linalg.norm(forces_n3, axis=1).max())
-            if on_step is not None:
-                on_step()
-    _check_net_force(forces_n3)
+    labels: list[Label] = []
+
+    def next_label(structure: Atoms) -> Label:
+        labels.append(label_of(structure))
+        return labels[-1]
+
+    moving.calc = _Labelling(next_label)
+    optimizer = BFGS(FrechetCellFilter(moving) if with_cell else moving, logfile=None)
+    converged = False
+    for converged_now in optimizer.irun(fmax=fmax, steps=max_steps):
+        converged = bool(converged_now)
     return Relaxation(
         start=start,
         relaxed=plain_structure(moving),
-        energy_start=energies[0],
-        energy_relaxed=energies[-1],
-        energy_kind=kind,
+        energy_start=labels[0].energy,
+        energy_relaxed=labels[-1].energy,
+        energy_kind=labels[-1].energy_kind,
         num_steps=int(optimizer.nsteps),
         converged=converged,
-        max_force=max_force,
+        max_force=float(np.linalg.norm(labels[-1].forces_n3, axis=1).max()),
     )
+
+
+class _Labelling(Calculator):  # type: ignore[misc]  # ASE has no types
+    """ASE's optimisers ask a calculator; this one answers with labels."""
+
+    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
+
+    def __init__(self, label_of: Callable[[Atoms], Label]) -> None:
+        super().__init__()
+        self._label_of = label_of
+
+    def calculate(
+        self, atoms: Atoms | None = None, properties: Any = None, system_changes: Any = all_changes
+    ) -> None:
+        assert atoms is not None
+        super().calculate(atoms, properties, system_changes)
+        label = self._label_of(atoms)
+        if "stress" in (properties or ()) and label.stress_6 is None:
+            raise LabelError("bad-input", "the reference gives no stress, without which a cell cannot relax")
+        self.results = {"energy": label.energy, "free_energy": label.energy, "forces": label.forces_n3}
+        if label.stress_6 is not None:
+            self.results["stress"] = label.stress_6
 
 
 def check_geometry(atoms: Atoms) -> None:
@@ -160,11 +192,14 @@ def check_finite(energy: float, forces_n3: Array, stress_6: Array | None) -> Non
         )
 
 
-def _calculate(atoms: Atoms, calculator: Any) -> Mapping[str, Any]:
+def _calculate(atoms: Atoms, calculator: Any, extra: Sequence[str]) -> Mapping[str, Any]:
     """All properties from one call, because file-based codes would start anew for each."""
-    properties = [
-        name for name in ("energy", "forces", "stress") if name in calculator.implemented_properties
-    ]
+    wanted = ("energy", "forces", "stress", *extra)
+    properties = [name for name in wanted if name in calculator.implemented_properties]
+    if missing := set(extra) - set(properties):
+        raise LabelError(
+            "bad-input", f"{type(calculator).__name__} does not give {', '.join(sorted(missing))}"
+        )
     if not atoms.pbc.any() and "stress" in properties:
         properties.remove("stress")
     try:
@@ -192,19 +227,12 @@ def _refuse_unconverged(calculator: Any) -> None:
         raise LabelError("scf", f"the self-consistent field of {type(calculator).__name__} did not converge")
 
 
-def _energy(results: Mapping[str, Any]) -> tuple[float, EnergyKind]:
-    if results.get("free_energy") is not None:
+def _energy(results: Mapping[str, Any], which: Literal["free", "extrapolated"]) -> tuple[float, EnergyKind]:
+    if which == "free" and results.get("free_energy") is not None:
         return float(results["free_energy"]), "free_energy"
     if results.get("energy") is not None:
         return float(results["energy"]), "energy"
     raise LabelError("calculator", "the calculator ended without an energy")
-
-
-def _energy_of(atoms: Atoms) -> tuple[float, EnergyKind]:
-    try:
-        return float(atoms.get_potential_energy(force_consistent=True)), "free_energy"
-    except PropertyNotImplementedError:
-        return float(atoms.get_potential_energy()), "energy"
 
 
 def _array(results: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Array:

@@ -2,14 +2,18 @@
 
 `labels.h5`: structures with info REF_energy, REF_stress (a row of NaN for a structure without stress among
 others with it; absent if no structure has one), key, index, energy_kind, wall_s, rung, found; arrays
-REF_forces. `relaxations.h5`: start structures with info energy_start, energy_relaxed, num_steps, max_force
-and the same bookkeeping; arrays relaxed_positions (not wrapped), info relaxed_cell. Either file is absent while it would be
-empty. `shard.json` lists the keys of both, row by row.
+REF_forces; where they were asked for, arrays REF_magmoms and REF_charges and info REF_dipole. `relaxations.h5`: start
+structures with info energy_start, energy_relaxed, num_steps, max_force and the same bookkeeping; arrays
+relaxed_positions (not wrapped), info relaxed_cell. `relaxation-frames.h5`: the labels on the way of the relaxations, also of
+those that failed, as in labels.h5, with the relaxation's index and the step. `failed-outputs.gz`: what the calculations printed
+that failed. A file is absent while it would be empty. `shard.json` lists the keys, row by row.
 """
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +23,22 @@ from ase import Atoms
 from hpcft.errors import UserError
 from hpcft.labelling.causes import Failure
 from hpcft.labelling.item import Kind, plain_structure
-from hpcft.labelling.journal import Record, read_journals
-from hpcft.labelling.label import Label, Relaxation
-from hpcft.storage.atomic import read_json, write_json
-from hpcft.storage.structures import read_structures, write_structures
+from hpcft.labelling.journal import Entry, Listing, Record, list_journals
+from hpcft.labelling.label import EXTRA_SHAPES, Label, Relaxation
+from hpcft.storage.atomic import read_json, write_bytes, write_json
+from hpcft.storage.structures import read_structures, write_structures_in_blocks
 
 SHARD_FILE = "shard.json"
 LABELS_FILE = "labels.h5"
 RELAXATIONS_FILE = "relaxations.h5"
+FRAMES_FILE = "relaxation-frames.h5"
 FAILURES_FILE = "failures.json"
+OUTPUTS_FILE = "failed-outputs.gz"
 
 _BOOKKEEPING = ("index", "key", "wall_s", "rung", "attempt", "found")
+_BLOCK = 1_000  # structures in memory at once
+# Characters of a failure's output that stand in failures.json; the rest is in failed-outputs.gz.
+_SHOWN_OUTPUT = 4_000
 _RELAXATION_VALUES = ("energy_start", "energy_relaxed", "num_steps", "max_force")
 
 
@@ -39,37 +48,53 @@ def finish_shard(folder: Path, attributes: Mapping[str, Any] | None = None) -> P
     May be repeated at any time, also with items missing: the same journals give the same files. `attributes`
     become the provenance of the HDF5 files.
     """
-    records = list(read_journals(folder).values())
-    _refuse_to_forget(folder, records)
-    labels = [record for record in records if isinstance(record.result, Label)]
-    relaxations = [record for record in records if isinstance(record.result, Relaxation)]
-    failures = [record for record in records if isinstance(record.result, Failure)]
-    if labels:
-        with_stress = any(
-            record.result.stress_6 is not None for record in labels if isinstance(record.result, Label)
-        )
-        structures = [_labelled(record, with_stress) for record in labels]
-        write_structures(folder / LABELS_FILE, with_same_arrays(structures), attributes)
-    if relaxations:
-        structures = [_relaxed(record) for record in relaxations]
-        write_structures(folder / RELAXATIONS_FILE, with_same_arrays(structures), attributes)
+    listing = list_journals(folder)
+    _refuse_to_forget(folder, listing)
+    done = [entry for entry in listing.items.values() if entry.done]
+    labels = [entry for entry in done if entry.kind == "single-point"]
+    relaxations = [entry for entry in done if entry.kind == "relaxation"]
+    frames = [entry for of in listing.frames.values() for entry in of]
+    _write(folder / LABELS_FILE, labels, _labelled, attributes)
+    _write(folder / RELAXATIONS_FILE, relaxations, _relaxed, attributes)
+    _write(folder / FRAMES_FILE, frames, _labelled, attributes)
+    failures = [entry.read() for entry in listing.items.values() if not entry.done]
     write_json(folder / FAILURES_FILE, [_failed(record) for record in failures])
+    if failures:
+        write_bytes(folder / OUTPUTS_FILE, _outputs(failures))
     contents = {
         "format": 1,
-        "labels": [record.key for record in labels],
-        "relaxations": [record.key for record in relaxations],
+        "labels": [entry.key for entry in labels],
+        "relaxations": [entry.key for entry in relaxations],
+        "frames": [entry.key for entry in frames],
         "num_failures": len(failures),
     }
     write_json(folder / SHARD_FILE, contents)
     return folder / SHARD_FILE
 
 
-def _refuse_to_forget(folder: Path, records: Sequence[Record]) -> None:
+def _write(
+    path: Path,
+    entries: Sequence[Entry],
+    as_row: Callable[[Record, frozenset[str]], Atoms],
+    attributes: Mapping[str, Any] | None,
+) -> None:
+    """The rows of a file, no more than a block of them in memory."""
+    if not entries:
+        return
+    columns = frozenset[str]().union(*{entry.columns for entry in entries})
+    blocks = (
+        [as_row(entry.read(), columns) for entry in entries[first : first + _BLOCK]]
+        for first in range(0, len(entries), _BLOCK)
+    )
+    write_structures_in_blocks(path, blocks, len(entries), attributes)
+
+
+def _refuse_to_forget(folder: Path, listing: Listing) -> None:
     """A shard may outlive its journals; published labels are never replaced by fewer."""
     if not (folder / SHARD_FILE).exists():
         return
     published = read_json(folder / SHARD_FILE)
-    lost = {*published["labels"], *published["relaxations"]} - {record.key for record in records}
+    lost = {*published["labels"], *published["relaxations"]} - {entry.key for entry in listing.items.values()}
     if lost:
         raise UserError(
             f"{folder} holds {len(lost)} published labels that its journals do not know; it is left as it is. Another "
@@ -85,6 +110,12 @@ def read_shard(folder: Path) -> list[Record]:
     return sorted(records, key=lambda record: record.index)
 
 
+def read_frames(folder: Path) -> list[Record]:
+    """The labels on the way of a published shard's relaxations, by item index and step."""
+    keys = read_json(folder / SHARD_FILE).get("frames", [])
+    return _read(folder / FRAMES_FILE, keys, _label_record)
+
+
 def _read(path: Path, keys: Sequence[str], to_record: Callable[[Atoms], Record]) -> list[Record]:
     if not keys:
         return []
@@ -98,23 +129,27 @@ def _read(path: Path, keys: Sequence[str], to_record: Callable[[Atoms], Record])
     return records
 
 
-def _labelled(record: Record, with_stress: bool) -> Atoms:
-    assert record.atoms is not None and isinstance(record.result, Label)
-    atoms = record.atoms.copy()
-    atoms.info = _bookkeeping(record) | {
-        "REF_energy": record.result.energy,
-        "energy_kind": record.result.energy_kind,
-    }
-    if with_stress:
-        stress_6 = record.result.stress_6
-        atoms.info["REF_stress"] = np.full(6, np.nan) if stress_6 is None else stress_6
-    atoms.set_array("REF_forces", record.result.forces_n3)
+def _labelled(record: Record, columns: frozenset[str]) -> Atoms:
+    label = record.result
+    assert isinstance(label, Label)
+    atoms = _structure(record, columns)
+    atoms.info = _bookkeeping(record) | {"REF_energy": label.energy, "energy_kind": label.energy_kind}
+    if record.step is not None:
+        atoms.info["step"] = record.step
+    if "stress" in columns:
+        atoms.info["REF_stress"] = np.full(6, np.nan) if label.stress_6 is None else label.stress_6
+    atoms.set_array("REF_forces", label.forces_n3)
+    for name, values in label.extra.items():
+        if EXTRA_SHAPES[name] is not None:
+            atoms.info[f"REF_{name}"] = values
+        else:
+            atoms.set_array(f"REF_{name}", values)
     return atoms
 
 
-def _relaxed(record: Record) -> Atoms:
+def _relaxed(record: Record, columns: frozenset[str]) -> Atoms:
     assert isinstance(record.result, Relaxation)
-    atoms = record.result.start.copy()
+    atoms = _structure(record, columns)
     values = {name: getattr(record.result, name) for name in (*_RELAXATION_VALUES, "energy_kind")}
     atoms.info = _bookkeeping(record) | values
     atoms.set_array("relaxed_positions", record.result.relaxed.positions)
@@ -122,34 +157,47 @@ def _relaxed(record: Record) -> Atoms:
     return atoms
 
 
+def _structure(record: Record, columns: frozenset[str]) -> Atoms:
+    """The structure with all arrays that any has: an initial moment or charge that is not set is 0."""
+    assert record.atoms is not None
+    atoms = record.atoms.copy()
+    for name in sorted(columns - {"stress"} - atoms.arrays.keys()):
+        atoms.set_array(name, np.zeros(len(atoms)))
+    return atoms
+
+
 def _failed(record: Record) -> dict[str, Any]:
     names = ("index", "key", "kind", "wall_s", "attempt")
-    return {name: getattr(record, name) for name in names} | vars(record.result)
+    entry = {name: getattr(record, name) for name in names} | vars(record.result)
+    entry["output"] = entry["output"][-_SHOWN_OUTPUT:]
+    return entry | {"tries": [vars(one) for one in record.tries]}
+
+
+def _outputs(failures: Sequence[Record]) -> bytes:
+    text = (
+        f"===== item {record.index}: {record.result.cause} =====\n{record.result.output}\n"
+        for record in failures
+        if isinstance(record.result, Failure)
+    )
+    return gzip.compress("".join(text).encode(), mtime=0)
 
 
 def _bookkeeping(record: Record) -> dict[str, Any]:
     return {name: getattr(record, name) for name in _BOOKKEEPING}
 
 
-def with_same_arrays(structures: Sequence[Atoms]) -> list[Atoms]:
-    """Give every structure the arrays that any has: an initial moment or charge that is not set is 0."""
-    names: dict[str, Any] = {name: array for atoms in structures for name, array in atoms.arrays.items()}
-    for atoms in structures:
-        for name in names.keys() - atoms.arrays.keys():
-            atoms.set_array(name, np.zeros((len(atoms), *names[name].shape[1:])))
-    return list(structures)
-
-
 def _label_record(atoms: Atoms) -> Record:
     info = atoms.info
     stress_6 = info.get("REF_stress")
+    columns = {**info, **atoms.arrays}
     label = Label(
         energy=float(info["REF_energy"]),
         energy_kind=info["energy_kind"],
         forces_n3=atoms.arrays["REF_forces"],
         stress_6=None if stress_6 is None or np.isnan(stress_6).all() else np.asarray(stress_6),
+        extra={name: np.asarray(columns[f"REF_{name}"]) for name in EXTRA_SHAPES if f"REF_{name}" in columns},
     )
-    return _record(atoms, "single-point", label)
+    return replace(_record(atoms, "single-point", label), step=info.get("step"))
 
 
 def _relaxation_record(atoms: Atoms) -> Record:

@@ -26,7 +26,8 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -35,24 +36,33 @@ import psutil
 
 from hpcft.errors import UserError
 from hpcft.labelling.causes import Failure, of_signal, output_tails
-from hpcft.labelling.child import Refusal, Result, become_child, serve
+from hpcft.labelling.child import Answer, Frame, Refusal, become_child, serve
 from hpcft.labelling.dotted_path import resolve
 from hpcft.labelling.item import Item
 from hpcft.labelling.reference import Reference
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-_KEPT_OUTPUT_BYTES = 8_000
+_KEPT_OUTPUT_BYTES = 100_000
+_MEMORY_LOOK_S = 0.25
 _MAX_WAIT_FOR_DYING_S = 10.0
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """How one item ended, after which wall time, and on which rung of the ladder."""
+    """How one item ended, and after which wall time."""
 
-    result: Result
+    answer: Answer
     wall_s: float
-    rung: int = 0
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a supervisor is to work with: a scratch folder (None: $TMPDIR) and cores of its own (None: any)."""
+
+    reference: Reference
+    scratch: Path | None = None
+    cores: tuple[int, ...] | None = None
 
 
 class _WorkerGone(Exception):
@@ -72,17 +82,29 @@ def main(descriptor: int) -> None:
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
-        reference, scratch = worker.recv()
+        order: Order = worker.recv()
     except EOFError:
         return
-    folder = Path(tempfile.mkdtemp(prefix="hpcft-label-", dir=scratch))
+    try:
+        if order.scratch is not None:
+            order.scratch.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="hpcft-label-", dir=order.scratch))
+    except OSError as error:
+        where = order.scratch or tempfile.gettempdir()
+        worker.send(
+            Refusal(f"no scratch folder can be made in {where} ({error.strerror}); give another by $TMPDIR")
+        )
+        return
+    if order.cores is not None:
+        os.sched_setaffinity(0, order.cores)
+    reference = order.reference
     supervisor = Supervisor(worker, reference, folder, libc)
     try:
         resolve(reference.calculator)
         gc.freeze()  # what the children share would be copied at their first garbage collection
         worker.send(folder)
         while True:
-            worker.send(supervisor.compute(worker.recv()))
+            worker.send(supervisor.compute(*worker.recv()))
     except UserError as error:
         worker.send(Refusal(str(error)))
     except (_WorkerGone, EOFError, ConnectionError):
@@ -108,8 +130,12 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
 
-    def compute(self, item: Item) -> Outcome | Refusal:
-        """Have a child compute one item in a new folder, each of its calculations within the time limit."""
+    def compute(self, item: Item, known: Sequence[Frame] = ()) -> Outcome | Refusal:
+        """Have a child compute one item in a new folder, each of its calculations within the limits.
+
+        The frames of a relaxation go to the worker as they come; those in `known` are not computed again.
+        """
+        frames = list(known)
         if item.kind == "relaxation":
             importlib.import_module("ase.optimize.bfgs")  # half a second, which every child would pay again
         while True:
@@ -117,18 +143,17 @@ class Supervisor:
             directory = Path(tempfile.mkdtemp(dir=self._folder))
             start = time.monotonic()
             try:
-                answer = self._answer(item, directory)
+                answer = self._answer(item, frames, directory)
                 if isinstance(answer, Refusal):
                     return answer
-                result, rung = answer
                 wall_s = time.monotonic() - start
-                return Outcome(self._with_output(result, directory), wall_s, rung)
+                return Outcome(self._with_output(answer, directory), wall_s)
             except _ChildDied:
                 # An older child may have died of what an earlier item left in it: try a new one before
                 # blaming this item.
                 if child_is_new:
                     wall_s = time.monotonic() - start
-                    return Outcome(self._with_output(self._cause_of_death(), directory), wall_s)
+                    return Outcome(self._with_output(Answer(self._cause_of_death()), directory), wall_s)
                 self.end_child()
             finally:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -144,28 +169,43 @@ class Supervisor:
         _end_descendants()
         return child.close()
 
-    def _answer(self, item: Item, directory: Path) -> tuple[Result, int] | Refusal:
-        """The child's answer for an item, or a failure if it comes too late; _ChildDied if it cannot come."""
+    def _answer(self, item: Item, frames: list[Frame], directory: Path) -> Answer | Refusal:
+        """The child's answer for an item, or a failure if it goes over a limit; _ChildDied if it cannot come."""
         child = self._child = self._child or self._fork()
         child.output.clear()
         try:
-            child.connection.send((item, directory))
+            child.connection.send((item, frames, directory))
         except OSError as error:
             raise _ChildDied from error
         limit_s = self._reference.time_limit_s
         deadline = time.monotonic() + limit_s
         while (remaining_s := deadline - time.monotonic()) > 0:
+            if too_much := self._memory_problem():
+                return Answer(Failure("memory", too_much))
             if not self._wait_for(child, remaining_s):
                 continue
             try:
                 message = child.connection.recv()
             except (EOFError, OSError) as error:
                 raise _ChildDied from error
-            if message is not None:
-                assert isinstance(message, tuple | Refusal)
+            if isinstance(message, Answer | Refusal):
                 return message
+            if isinstance(message, Frame):
+                frames.append(message)
+                self._worker.send(message)
             deadline = time.monotonic() + limit_s  # one calculation of several is finished
-        return Failure("time-limit", f"one calculation exceeded its limit of {limit_s:g} s and was killed"), 0
+        message = f"one calculation exceeded its limit of {limit_s:g} s and was killed"
+        return Answer(Failure("time-limit", message))
+
+    def _memory_problem(self) -> str | None:
+        """What is wrong when all processes of the calculation together hold more than they may."""
+        limit_GB = self._reference.memory_limit_GB
+        if limit_GB is None:
+            return None
+        held = sum(map(_memory_of, psutil.Process().children(recursive=True)))
+        if held <= limit_GB * 1e9:
+            return None
+        return f"the calculation held {held / 1e9:.3g} GB, above its limit of {limit_GB:g} GB, and was killed"
 
     def _wait_for(self, child: _Child, timeout_s: float) -> bool:
         """Whether the child has sent something; _ChildDied or _WorkerGone if nothing will come."""
@@ -173,6 +213,8 @@ class Supervisor:
         if child.has_exited() and not child.connection.poll():
             raise _ChildDied
         sources: list[Connection | socket.socket | int] = [child.connection, self._worker, self._child_exited]
+        if self._reference.memory_limit_GB is not None:
+            timeout_s = min(timeout_s, _MEMORY_LOOK_S)
         ready = wait([*sources, *child.open_output()], timeout_s)
         if self._worker in ready:
             raise _WorkerGone
@@ -191,12 +233,13 @@ class Supervisor:
         error = of_signal(ended.si_status, who)
         return Failure(error.cause, str(error))
 
-    def _with_output(self, result: Result, directory: Path) -> Result:
-        """A failure with the end of what was printed, its child replaced; any other result as it is."""
-        if not isinstance(result, Failure):
-            return result
-        output = f"{self.end_child()}\n{output_tails(directory)}".strip()
-        return Failure(result.cause, result.message, output)
+    def _with_output(self, answer: Answer, directory: Path) -> Answer:
+        """A failure with the end of what was printed, its child replaced; any other answer as it is."""
+        failure = answer.result
+        if not isinstance(failure, Failure):
+            return answer
+        output = f"{self.end_child()}\n{output_tails(directory, _KEPT_OUTPUT_BYTES)}".strip()
+        return replace(answer, result=Failure(failure.cause, failure.message, output))
 
     def _fork(self) -> _Child:
         connection, connection_of_child = Pipe()
@@ -270,6 +313,14 @@ class _Child:
         os.close(self.output_end)
         self.connection.close()
         return self.output.decode(errors="replace")
+
+
+def _memory_of(process: psutil.Process) -> int:
+    """Bytes, each page shared with others in parts: forked processes and MPI ranks have many in common."""
+    try:
+        return int(process.memory_full_info().pss)
+    except (psutil.NoSuchProcess, psutil.AccessDenied, AttributeError):
+        return 0
 
 
 def _end_descendants() -> None:

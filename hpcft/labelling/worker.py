@@ -1,38 +1,28 @@
-"""Labels for a list of items: found, computed or failed with a cause, each durable before the next one."""
+"""Labels for a list of items: found, computed or failed with a cause, each durable before its worker takes the next one."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import socket
-import subprocess
-import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
+from multiprocessing.connection import wait
 from pathlib import Path
-from types import TracebackType
 
 from hpcft.errors import LabelError, UserError
 from hpcft.labelling.causes import Failure
-from hpcft.labelling.child import Refusal
+from hpcft.labelling.child import Frame
 from hpcft.labelling.item import Item, item_key
-from hpcft.labelling.journal import Journal, Record, journal_path, read_journals
+from hpcft.labelling.journal import Entry, Journal, Listing, Record, journal_path, list_journals
+from hpcft.labelling.label import Label
 from hpcft.labelling.reference import Reference
+from hpcft.labelling.supervised import SupervisedCalculator, shares_of_cores
 from hpcft.labelling.supervisor import Outcome
 
 # Here the machine is at fault: were they recorded, one bad node would turn a whole campaign into failed
 # structures.
 _CAUSES_OF_THE_MACHINE = {"missing-binary", "disk-full"}
-
-_START_SUPERVISOR = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from hpcft.labelling.supervisor import main; main(int(sys.argv[2]))"
-)
-_MAX_WAIT_FOR_SUPERVISOR_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -55,19 +45,21 @@ def label_items(
     *,
     known: Mapping[str, Record] | None = None,
     attempt: int = 0,
+    workers: int = 1,
     retry_causes: Collection[str] = ("interrupted",),
     scratch: Path | None = None,
     on_progress: Callable[[Record], None] | None = None,
 ) -> LabelSummary:
     """Bring every item to done or failed, writing one line per item to this attempt's journal in `folder`.
 
-    Items that an earlier attempt finished are left alone, except failures whose cause is in `retry_causes`.
-    Results in `known` (by key, from a LabelStore) and results of equal items are taken over instead of
-    computed. `on_progress` gets each record once it is durable; whatever it raises ends the run, and the next
-    one goes on from there.
+    Items that an earlier attempt finished are left alone, except failures whose cause is in `retry_causes`; a relaxation
+    goes on from the last frame that one of them reached. Results in `known` (by key, from a LabelStore) and results of
+    equal items are taken over instead of computed. `on_progress` gets each record once it is durable; whatever it raises
+    ends the run, and the next one goes on from there.
 
-    No two processes may run the same attempt number in one folder. `scratch` holds the calculations' files
-    while they run (default: $TMPDIR).
+    `workers` items are computed side by side, in the order given, each worker on cores of its own. No two processes
+    may run the same attempt number in one folder. `scratch` holds the calculations' files while they run (default:
+    $TMPDIR).
 
     Raises UserError if the reference cannot be built or the folder holds other items, and LabelError if the
     machine is at fault (cause 'missing-binary' or 'disk-full'); neither is recorded as an item's failure.
@@ -75,139 +67,184 @@ def label_items(
     start = time.monotonic()
     keys = [item_key(item, reference) for item in items]
     folder.mkdir(parents=True, exist_ok=True)
-    finished = read_journals(folder)
-    _check_same_items(finished, keys, folder)
-    available = dict(known or {}) | {record.key: record for record in finished.values() if record.done}
-    num_computed = num_found = 0
-    with (
-        Journal(journal_path(folder, attempt)) as journal,
-        SupervisedCalculator(reference, scratch) as calculator,
-    ):
-        for index, (item, key) in enumerate(zip(items, keys, strict=True)):
-            if index in finished and not _to_retry(finished[index], retry_causes):
-                continue
-            if key in available:
-                record = replace(available[key], index=index, attempt=attempt, found=True)
-                num_found += 1
-            else:
-                record = _computed(index, item, key, calculator, attempt)
-                num_computed += 1
-            journal.append(record)
-            finished[index] = record
-            if record.done:
-                available[key] = record
-            if on_progress is not None:
-                on_progress(record)
-    causes = Counter(
-        record.result.cause for record in finished.values() if isinstance(record.result, Failure)
-    )
+    listing = list_journals(folder)
+    _check_same_items(listing, keys, folder)
+    with Journal(journal_path(folder, attempt)) as journal:
+        shard = _Shard(items, keys, reference, listing, journal, attempt, on_progress)
+        num_found = shard.take_over(known or {}, retry_causes)
+        if shard.waiting:
+            _compute_all(shard, reference, min(workers, len(shard.waiting)), scratch)
+    causes = Counter(cause for cause in shard.ended.values() if cause is not None)
     num_failed = sum(causes.values())
     return LabelSummary(
         num_items=len(items),
-        num_done=len(finished) - num_failed,
+        num_done=len(shard.ended) - num_failed,
         num_failed=num_failed,
-        num_computed=num_computed,
-        num_found=num_found,
+        num_computed=shard.num_computed,
+        num_found=num_found + shard.num_shared,
         wall_s=time.monotonic() - start,
         causes=dict(causes),
     )
 
 
-class SupervisedCalculator:
-    """A supervisor process, started at the first item and gone with all its children after `with`."""
+def _compute_all(shard: _Shard, reference: Reference, workers: int, scratch: Path | None) -> None:
+    """Hand the waiting items to idle workers until none is left."""
+    shares = shares_of_cores(workers)
+    calculators = [SupervisedCalculator(reference, scratch, cores) for cores in shares]
+    busy: dict[SupervisedCalculator, _Work] = {}
+    try:
+        while shard.waiting or busy:
+            for calculator in calculators:
+                if calculator not in busy and shard.waiting:
+                    work = _Work(shard.waiting.popleft())
+                    calculator.begin(shard.items[work.index], shard.known_frames(work.index))
+                    busy[calculator] = work
+            ready = wait([calculator.connection for calculator in busy])
+            for calculator in [one for one in busy if one.connection in ready]:
+                message = calculator.receive()
+                work = busy[calculator]
+                if isinstance(message, Frame):
+                    shard.keep_frame(work.index, message)
+                elif isinstance(message, Outcome):
+                    if _was_interrupted(message) and not work.is_second_try:
+                        # A scheduler's signal says nothing about the structure; a second one may.
+                        work.is_second_try = True
+                        calculator.begin(shard.items[work.index], shard.known_frames(work.index))
+                        continue
+                    del busy[calculator]
+                    shard.keep(work.index, message)
+    finally:
+        for calculator in calculators:
+            calculator.close()
 
-    def __init__(self, reference: Reference, scratch: Path | None = None) -> None:
-        self._reference = reference
-        self._scratch = scratch
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
-        self._folder: Path | None = None
 
-    def compute(self, item: Item) -> Outcome:
-        """The outcome of one item; UserError if the reference cannot be built."""
-        connection = self._connection or self._start()
-        answer = self._exchange(connection, item)
-        if isinstance(answer, Refusal):
-            raise UserError(answer.message)
-        assert isinstance(answer, Outcome)
-        return answer
+@dataclass
+class _Work:
+    index: int
+    is_second_try: bool = False
 
-    def __enter__(self) -> SupervisedCalculator:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+class _Shard:
+    """The items of a shard: which wait, how the others ended, and the journal that says so."""
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        keys: Sequence[str],
+        reference: Reference,
+        listing: Listing,
+        journal: Journal,
+        attempt: int,
+        on_progress: Callable[[Record], None] | None,
     ) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        if self._process is not None:
-            try:
-                self._process.wait(_MAX_WAIT_FOR_SUPERVISOR_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        if self._folder is not None:
-            shutil.rmtree(
-                self._folder, ignore_errors=True
-            )  # the supervisor has done it, unless it was killed
+        self.items, self._keys, self._attempt = items, keys, attempt
+        self._journal, self._on_progress = journal, on_progress
+        self._listing, self._reference = listing, reference
+        self._frames: dict[int, list[Frame]] = {}
+        self.waiting: deque[int] = deque()
+        self._equals: dict[str, list[int]] = {}
+        """Items that wait for another with the same key."""
+        self.ended: dict[int, str | None] = {index: entry.cause for index, entry in listing.items.items()}
+        """Cause of the failure, or None for a label, by index."""
+        self.num_computed = self.num_shared = 0
 
-    def _start(self) -> Connection:
-        if self._scratch is not None:
-            self._scratch.mkdir(parents=True, exist_ok=True)
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-c", _START_SUPERVISOR, json.dumps(sys.path), str(theirs.fileno())]
-            self._connection = connection = Connection(ours.detach())
-            # Its own session: Ctrl-C reaches this process alone, which then lets the supervisor clean up.
-            self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+    def take_over(self, known: Mapping[str, Record], retry_causes: Collection[str]) -> int:
+        """Record what is known already, and let the rest wait; returns how many were known."""
+        done = {entry.key: entry for entry in self._listing.items.values() if entry.done}
+        num_found, awaited = 0, set[str]()
+        for index, key in enumerate(self._keys):
+            if index in self.ended and self.ended[index] not in retry_causes:
+                continue
+            found: Record | Entry | None = known.get(key) or done.get(key)
+            if found is not None:
+                record = found if isinstance(found, Record) else found.read()
+                self._append(replace(record, index=index, attempt=self._attempt, found=True, step=None))
+                num_found += 1
+            elif key in awaited:
+                self._equals.setdefault(key, []).append(index)
+            else:
+                awaited.add(key)
+                self.waiting.append(index)
+        return num_found
+
+    def known_frames(self, index: int) -> list[Frame]:
+        """What this attempt and those before have computed on the way of a relaxation."""
+        earlier = [entry.read() for entry in self._listing.frames.get(index, ())]
+        return [_as_frame(record) for record in earlier] + self._frames.get(index, [])
+
+    def keep_frame(self, index: int, frame: Frame) -> None:
+        """Make a frame of a relaxation durable."""
+        key = item_key(Item.single_point(frame.atoms), self._reference)
+        frames = self._frames.setdefault(index, [])
+        step = len(self._listing.frames.get(index, ())) + len(frames)
+        frames.append(frame)
+        self._journal.append(
+            Record(
+                index, key, "single-point", frame.label, frame.atoms, 0.0, attempt=self._attempt, step=step
             )
-        answer = self._exchange(connection, (self._reference, self._scratch))
-        if isinstance(answer, Refusal):
-            raise UserError(answer.message)
-        assert isinstance(answer, Path)
-        self._folder = answer
-        return connection
+        )
 
-    def _exchange(self, connection: Connection, message: object) -> object:
-        assert self._process is not None
-        try:
-            connection.send(message)
-            answer: object = connection.recv()
-            return answer
-        except (EOFError, ConnectionError) as error:
-            status = self._process.wait()
-            raise RuntimeError(
-                f"The process that supervises {self._reference.calculator} ended with status {status} "
-                "(negative: a signal), and nothing was recorded for the present item; see what it printed to "
-                "standard error, then run again."
-            ) from error
+    def keep(self, index: int, outcome: Outcome) -> None:
+        """Make the outcome of an item durable, and that of the items that are equal to it.
+
+        An equal of one that failed is computed itself: a crash may have been chance.
+        """
+        answer, item, key = outcome.answer, self.items[index], self._keys[index]
+        _refuse_machine(index, answer.result)
+        atoms = None if isinstance(answer.result, Failure) else item.atoms
+        record = Record(
+            index,
+            key,
+            item.kind,
+            answer.result,
+            atoms,
+            outcome.wall_s,
+            answer.rung,
+            self._attempt,
+            tries=answer.tries,
+        )
+        self.num_computed += 1
+        self._frames.pop(index, None)
+        self._append(record)
+        equals = self._equals.pop(key, [])
+        if not record.done:
+            if equals:
+                self.waiting.appendleft(equals[0])
+                self._equals[key] = equals[1:]
+            return
+        for equal in equals:
+            self._append(replace(record, index=equal, found=True))
+            self.num_shared += 1
+
+    def _append(self, record: Record) -> None:
+        self._journal.append(record)
+        self.ended[record.index] = record.result.cause if isinstance(record.result, Failure) else None
+        if self._on_progress is not None:
+            self._on_progress(record)
 
 
-def _computed(index: int, item: Item, key: str, calculator: SupervisedCalculator, attempt: int) -> Record:
-    outcome = calculator.compute(item)
-    if isinstance(outcome.result, Failure) and outcome.result.cause == "interrupted":
-        outcome = calculator.compute(
-            item
-        )  # a scheduler's signal says nothing about the structure; a second one may
-    result = outcome.result
+def _as_frame(record: Record) -> Frame:
+    assert record.atoms is not None and isinstance(record.result, Label)
+    return Frame(record.atoms, record.result)
+
+
+def _was_interrupted(outcome: Outcome) -> bool:
+    result = outcome.answer.result
+    return isinstance(result, Failure) and result.cause == "interrupted"
+
+
+def _refuse_machine(index: int, result: object) -> None:
     if isinstance(result, Failure) and result.cause in _CAUSES_OF_THE_MACHINE:
         host = os.uname().nodename
         raise LabelError(
             result.cause,
             f"Item {index} could not be computed on {host}: {result.message}. Mend it or the command.",
         )
-    atoms = None if isinstance(result, Failure) else item.atoms
-    return Record(index, key, item.kind, result, atoms, outcome.wall_s, outcome.rung, attempt)
 
 
-def _to_retry(record: Record, causes: Collection[str]) -> bool:
-    return isinstance(record.result, Failure) and record.result.cause in causes
-
-
-def _check_same_items(finished: Mapping[int, Record], keys: Sequence[str], folder: Path) -> None:
-    for index, record in finished.items():
-        if index >= len(keys) or record.key != keys[index]:
+def _check_same_items(listing: Listing, keys: Sequence[str], folder: Path) -> None:
+    for index, entry in listing.items.items():
+        if index >= len(keys) or entry.key != keys[index]:
             raise UserError(
                 f"{folder} holds labels of other structures or of another reference (item {index} differs). "
                 "Label into a new folder; results are found again through the label store."

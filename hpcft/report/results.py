@@ -59,7 +59,7 @@ def read_results(folder: CampaignFolder) -> list[RoundResult]:
                 continue
             failed += int(product["failed"])
             relaxations += int(product["relaxations"])
-            frames = int(product["frames_done"])
+            frames = int(product["frames_done"]) + int(product.get("relaxation_frames", 0))
             training, judging = (
                 (training + frames, judging) if name == "label" else (training, judging + frames)
             )

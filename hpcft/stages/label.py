@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from hpcft.config.campaign import Campaign
+from hpcft.labelling.item import Item, StoredItems
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.label_plan import planned
 from hpcft.stages.label_tasks import collect_shards, relaxation_items, run_shard
 from hpcft.stages.sharing import numbers_of
-from hpcft.storage.structures import read_outline, read_structures
+from hpcft.storage.structures import read_outline
 
 
 def ranks(campaign: Campaign) -> int:
@@ -28,7 +29,7 @@ def plan(context: StageContext) -> list[dict[str, Any]]:
 
 
 def run(task: TaskContext) -> dict[str, Any]:
-    frames = read_structures(_selected(task.context), numbers_of(task.payload["frames"]))
+    frames = StoredItems(_selected(task.context), numbers_of(task.payload["frames"]), Item.single_point)
     starts = task.context.folder.inputs / "relaxations-train.h5"
     return run_shard(task, frames, relaxation_items(task, starts, task.context.campaign.relaxations))
 

@@ -1,19 +1,19 @@
-"""The labels of a file for people and other programs: labels.extxyz or relaxed.extxyz, and failed.extxyz."""
+"""The labels of a file for people and other programs: labels.extxyz, or relaxed.extxyz and frames.extxyz; failed.extxyz."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from ase import Atoms
 
 from hpcft.labelling.journal import Record
-from hpcft.labelling.label import Label, Relaxation
-from hpcft.labelling.shard import FAILURES_FILE, SHARD_FILE, read_shard
+from hpcft.labelling.label import EXTRA_SHAPES, Label, Relaxation
+from hpcft.labelling.shard import FAILURES_FILE, SHARD_FILE, read_frames, read_shard
 from hpcft.stages.context import StageContext
 from hpcft.stages.labels import labelled
 from hpcft.stages.sharing import work_of
@@ -21,18 +21,19 @@ from hpcft.storage.atomic import publish, read_json, temporary_beside, write_jso
 from hpcft.storage.extxyz import extxyz_frame
 from hpcft.storage.structures import count_structures, read_structures, read_texts, write_extxyz
 
-LABELS, RELAXED, FAILED = "labels.extxyz", "relaxed.extxyz", "failed.extxyz"
+LABELS, RELAXED, FRAMES, FAILED = "labels.extxyz", "relaxed.extxyz", "frames.extxyz", "failed.extxyz"
 _LONGEST_MESSAGE = 500
+_Placed = tuple[tuple[int, int], Atoms]
+"""A structure behind what it is sorted by: its number in the input, and a step."""
 
 
 def export(context: StageContext) -> None:
     """Write what is there so far, in the order of the input, and what of it has failed for what cause; may be repeated."""
     root, structures = context.folder.root, context.folder.inputs / "structures.h5"
     texts = read_texts(structures)
-    num_done = sum(
-        _write_in_order(root / name, _done(context, kind, texts))
-        for name, kind in ((LABELS, "frames"), (RELAXED, "relaxations"))
-    )
+    num_done = _write_in_order(root / LABELS, _done(context, "frames", texts, read_shard))
+    num_done += _write_in_order(root / RELAXED, _done(context, "relaxations", texts, read_shard))
+    _write_in_order(root / FRAMES, _done(context, "relaxations", texts, read_frames))
     failures = dict(sorted(_failures(context).items()))
     _write_failed(root / FAILED, structures, failures)
     causes = Counter(cause for cause, _ in failures.values())
@@ -40,27 +41,32 @@ def export(context: StageContext) -> None:
     write_json(context.folder.exported, counts)
 
 
-def _done(context: StageContext, kind: str, texts: list[dict[str, str]]) -> Iterator[tuple[int, Atoms]]:
-    """Number and labelled structure of what is done, shard by shard."""
+def _done(
+    context: StageContext, kind: str, texts: list[dict[str, str]], read: Callable[[Path], list[Record]]
+) -> Iterator[_Placed]:
+    """What is done of one kind of work, shard by shard."""
     for task, payload in enumerate(context.plan()):
         folder = context.task_folder(task)
         if not payload[kind] or not (folder / SHARD_FILE).exists():
             continue
         work = work_of(payload)
-        for record in read_shard(folder):
-            its_kind, number = work[record.index]
-            atoms = _result(record)
-            if its_kind == kind and atoms is not None:
-                atoms.info = {**texts[number], **atoms.info, "index": number}
-                yield number, atoms
+        for record in read(folder):
+            number, step = work[record.index][1], record.step or 0
+            atoms = _relaxed(record.result) if isinstance(record.result, Relaxation) else _labelled(record)
+            steps = {} if record.step is None else {"step": record.step}
+            atoms.info = {**texts[number], **atoms.info, "index": number, **steps}
+            yield (number, step), atoms
 
 
-def _result(record: Record) -> Atoms | None:
-    if isinstance(record.result, Label):
-        return labelled(record, record.result)
-    if not isinstance(record.result, Relaxation):
-        return None
-    result = record.result
+def _labelled(record: Record) -> Atoms:
+    atoms = labelled(record)
+    assert isinstance(record.result, Label)
+    for name, values in record.result.extra.items():
+        (atoms.arrays if EXTRA_SHAPES[name] is None else atoms.info)[f"REF_{name}"] = values
+    return atoms
+
+
+def _relaxed(result: Relaxation) -> Atoms:
     atoms = result.relaxed.copy()
     atoms.info = {"REF_energy": result.energy_relaxed, "start_energy": result.energy_start}
     atoms.info |= {"num_steps": result.num_steps, "max_force": result.max_force}
@@ -97,13 +103,13 @@ def _write_failed(path: Path, structures: Path, failures: dict[int, tuple[str, s
     write_extxyz(path, atoms_list)
 
 
-def _write_in_order(path: Path, numbered: Iterator[tuple[int, Atoms]]) -> int:
+def _write_in_order(path: Path, placed: Iterator[_Placed]) -> int:
     """Write structures that come in any order, more of them than memory holds; returns how many, no file for none."""
-    places: dict[int, tuple[int, int]] = {}
+    places: dict[tuple[int, int], tuple[int, int]] = {}
     with tempfile.TemporaryFile(dir=path.parent) as unsorted:
-        for number, atoms in numbered:
-            text = extxyz_frame(atoms, f"structure {number}").encode()
-            places[number] = (unsorted.tell(), len(text))
+        for place, atoms in placed:
+            text = extxyz_frame(atoms, f"structure {place[0]}").encode()
+            places[place] = (unsorted.tell(), len(text))
             unsorted.write(text)
         if places:
             _publish_sorted(path, unsorted, places)
@@ -112,7 +118,7 @@ def _write_in_order(path: Path, numbered: Iterator[tuple[int, Atoms]]) -> int:
     return len(places)
 
 
-def _publish_sorted(path: Path, unsorted: IO[bytes], places: dict[int, tuple[int, int]]) -> None:
+def _publish_sorted(path: Path, unsorted: IO[bytes], places: dict[tuple[int, int], tuple[int, int]]) -> None:
     temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as stream:

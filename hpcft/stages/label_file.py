@@ -6,12 +6,13 @@ from typing import Any
 
 from hpcft.config.label_run import LabelRun
 from hpcft.errors import CampaignStopped
+from hpcft.labelling.item import Item, StoredItems
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.label_export import export
 from hpcft.stages.label_plan import planned
 from hpcft.stages.label_tasks import collect_shards, relaxation_items, run_shard
 from hpcft.stages.sharing import numbers_of
-from hpcft.storage.structures import read_outline, read_structures
+from hpcft.storage.structures import read_outline
 
 
 def ranks(run: LabelRun) -> int:
@@ -26,7 +27,7 @@ def plan(context: StageContext) -> list[dict[str, Any]]:
 
 def run(task: TaskContext) -> dict[str, Any]:
     structures = task.context.folder.inputs / "structures.h5"
-    frames = read_structures(structures, numbers_of(task.payload["frames"]))
+    frames = StoredItems(structures, numbers_of(task.payload["frames"]), Item.single_point)
     return run_shard(task, frames, relaxation_items(task, structures, _settings(task.context).relaxation))
 
 

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ase import Atoms
 
-from hpcft.config.campaign import Relaxations
+from hpcft.config.campaign import Campaign, Relaxations
 from hpcft.config.label_run import Relaxation
 from hpcft.errors import CampaignStopped
 from hpcft.labelling.causes import Failure
-from hpcft.labelling.item import Item, item_key
+from hpcft.labelling.item import Item, StoredItems, item_key
 from hpcft.labelling.journal import read_journals
 from hpcft.labelling.label import Label
 from hpcft.labelling.presets import launcher
 from hpcft.labelling.reference import Reference, reference_from
-from hpcft.labelling.shard import finish_shard, read_shard
+from hpcft.labelling.shard import SHARD_FILE, finish_shard
 from hpcft.labelling.store import LabelStore
 from hpcft.labelling.worker import label_items
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.sharing import kinds_of, numbers_of
 from hpcft.storage.atomic import read_json
 from hpcft.storage.campaign_folder import RETRY_FAILURES
-from hpcft.storage.structures import read_structures
 
 
 def reference_of(context: StageContext) -> Reference:
@@ -36,42 +35,55 @@ def reference_of(context: StageContext) -> Reference:
 
 def relaxation_items(
     task: TaskContext, path: Path, settings: Relaxations | Relaxation | None
-) -> Iterator[Item]:
+) -> Sequence[Item]:
     """The relaxations of a task, whose start structures are in the file at `path`, if there are any."""
     numbers = numbers_of(task.payload["relaxations"])
-    if numbers:
-        assert settings is not None
-        for atoms in read_structures(path, numbers):
-            free = atoms.copy()
-            free.set_constraint()
-            yield Item.relaxation(
-                free, fmax=settings.fmax, max_steps=settings.max_steps, with_cell=settings.cell
-            )
+    if not numbers:
+        return ()
+    assert settings is not None
+    fmax, max_steps, with_cell = settings.fmax, settings.max_steps, settings.cell
+
+    def relaxation(atoms: Atoms) -> Item:
+        free = atoms.copy()
+        free.set_constraint()
+        return Item.relaxation(free, fmax=fmax, max_steps=max_steps, with_cell=with_cell)
+
+    return StoredItems(path, numbers, relaxation)
 
 
-def run_shard(task: TaskContext, frames: Iterable[Atoms], relaxations: Iterable[Item] = ()) -> dict[str, Any]:
+def run_shard(task: TaskContext, frames: Sequence[Item], relaxations: Sequence[Item] = ()) -> dict[str, Any]:
     """Label what is still missing of one shard: its frames and relaxations, each in the order of the payload's numbers.
 
     A label found in this campaign's earlier rounds is not paid for again.
     """
     context = task.context
-    waiting = {"frames": map(Item.single_point, frames), "relaxations": relaxations}
-    items = [item for kind in kinds_of(task.payload) for item in waiting[kind]]
+    of_kind = {"frames": frames, "relaxations": relaxations}
+    parts = [of_kind[kind] for kind in kinds_of(task.payload) if of_kind[kind]]
+    items = parts[0] if len(parts) == 1 else [item for part in parts for item in part]
     reference = reference_of(context)
     known = LabelStore(context.folder.labels).find([item_key(item, reference) for item in items])
     start = time.monotonic()
     retry = task.path / RETRY_FAILURES
     causes = {*(read_json(retry)["causes"] if retry.exists() else ()), "interrupted"}
-    summary = label_items(items, reference, task.path, known=known, attempt=task.attempt, retry_causes=causes)
+    summary = label_items(
+        items,
+        reference,
+        task.path,
+        known=known,
+        attempt=task.attempt,
+        workers=context.settings.label.workers,
+        retry_causes=causes,
+    )
     task.ensure_owned()
     finish_shard(task.path, {"campaign": context.settings.name, "reference": reference.calculator})
     retry.unlink(missing_ok=True)
-    num_frames = sum(isinstance(record.result, Label) for record in read_shard(task.path))
+    published = read_json(task.path / SHARD_FILE)
     return {
         "items": summary.num_items,
         "done": summary.num_done,
         "failed": summary.num_failed,
-        "frames_done": num_frames,
+        "frames_done": len(published["labels"]),
+        "relaxation_frames": len(published["frames"]),
         "causes": dict(summary.causes),
         "wall_s": time.monotonic() - start,
     }
@@ -102,6 +114,9 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
     done = sum(result["done"] for result in results)
     relaxations = sum(len(numbers_of(payload["relaxations"])) for payload in context.plan())
     frames = sum(result["frames_done"] for result in results)
+    learnt, settings = {}, context.settings
+    if isinstance(settings, Campaign) and settings.relaxations.learn_frames and context.stage == "label":
+        learnt["relaxation_frames"] = sum(result.get("relaxation_frames", 0) for result in results)
     return {
         "items": items,
         "done": done,
@@ -109,6 +124,7 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
         "causes": causes,
         "relaxations": relaxations,
         "frames_done": frames,
+        **learnt,
     }
 
 

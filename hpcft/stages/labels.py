@@ -8,7 +8,7 @@ from ase import Atoms
 
 from hpcft.labelling.journal import Record
 from hpcft.labelling.label import Label, Relaxation
-from hpcft.labelling.shard import SHARD_FILE, read_shard
+from hpcft.labelling.shard import SHARD_FILE, read_frames, read_shard
 from hpcft.stages.context import StageContext
 from hpcft.stages.sharing import work_of
 
@@ -25,29 +25,43 @@ def _records(context: StageContext, stage: str, round_: int) -> Iterator[tuple[s
             yield *work[record.index], record
 
 
+def relaxation_frames(context: StageContext) -> list[Atoms]:
+    """The labelled structures on the way of the training relaxations, which the reference has done in round 1."""
+    found = []
+    where = context.folder.stage(1, "label")
+    for index, payload in enumerate(context.plan("label", 1)):
+        work = work_of(payload)
+        folder = where.task(index).path
+        for record in read_frames(folder) if (folder / SHARD_FILE).exists() else ():
+            atoms = labelled(record)
+            atoms.info["origin"] = f"step {record.step} of relaxation {work[record.index][1]}"
+            found.append(atoms)
+    return found
+
+
+def labelled(record: Record) -> Atoms:
+    """The structure of a record with its label: REF_energy, REF_forces and REF_stress."""
+    assert record.atoms is not None and isinstance(record.result, Label)
+    atoms = record.atoms.copy()
+    atoms.info["REF_energy"] = record.result.energy
+    atoms.arrays["REF_forces"] = record.result.forces_n3
+    if record.result.stress_6 is not None:
+        atoms.info["REF_stress"] = record.result.stress_6
+    return atoms
+
+
 def label_outcomes(context: StageContext, stage: str, round_: int | None = None) -> dict[int, Atoms]:
     """The labelled structures (REF_energy, REF_forces, REF_stress) by their number; failed ones are missing."""
     found = {}
     for kind, number, record in _records(context, stage, context.round if round_ is None else round_):
         if kind == "frames" and isinstance(record.result, Label):
-            found[number] = labelled(record, record.result)
+            found[number] = labelled(record)
     return dict(sorted(found.items()))
-
-
-def labelled(record: Record, label: Label) -> Atoms:
-    """The structure of a record with its label: REF_energy, REF_forces and REF_stress."""
-    assert record.atoms is not None
-    atoms = record.atoms.copy()
-    atoms.info["REF_energy"] = label.energy
-    atoms.arrays["REF_forces"] = label.forces_n3
-    if label.stress_6 is not None:
-        atoms.info["REF_stress"] = label.stress_6
-    return atoms
 
 
 def training_labels(context: StageContext) -> list[Atoms]:
     """Every label of this round and those before it that was paid for to train on."""
-    found: list[Atoms] = []
+    found = relaxation_frames(context) if context.campaign.relaxations.learn_frames else []
     for round_ in range(1, context.round + 1):
         for number, atoms in label_outcomes(context, "label", round_).items():
             atoms.info["origin"] = f"frame {number} of round {round_}"  # for what is said about it

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hpcft.config.campaign import Campaign
+from hpcft.labelling.item import Item
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.label_plan import planned
 from hpcft.stages.label_tasks import collect_shards, relaxation_items, run_shard
@@ -25,8 +26,9 @@ def plan(context: StageContext) -> list[dict[str, Any]]:
 
 def run(task: TaskContext) -> dict[str, Any]:
     frames = probe_frames(task.context, numbers_of(task.payload["frames"]))
+    items = [Item.single_point(frame) for frame in frames]
     starts = task.context.folder.inputs / "relaxations-test.h5"
-    return run_shard(task, frames, relaxation_items(task, starts, task.context.campaign.relaxations))
+    return run_shard(task, items, relaxation_items(task, starts, task.context.campaign.relaxations))
 
 
 def collect(context: StageContext) -> dict[str, Any]:

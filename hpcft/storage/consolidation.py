@@ -27,7 +27,7 @@ _CHUNK_BYTES = 1 << 16
 
 # Each chunk is compared when it is read, by whatever program. The cache is for the chunk that is being filled:
 # HDF5's own default is 8 MiB for each of thousands of datasets.
-_CHECKED = {"fletcher32": True, "rdcc_nbytes": 1 << 19}
+_CHECKED: dict[str, Any] = {"fletcher32": True, "rdcc_nbytes": 1 << 19}
 
 
 def consolidate(segments: Sequence[Path], final: Path, provenance: Mapping[str, Any]) -> None:
@@ -99,9 +99,7 @@ class _ReplicaWriter:
     ) -> None:
         """One time-dependent H5MD element; all of a replica share one dataset of steps and one of times."""
         element = root.require_group(path)
-        self._streams[name] = StreamedDataset(element, "value", rows, self._rows, **_CHECKED, **options)
-        if unit is not None:
-            self._streams[name].dataset.attrs["unit"] = unit
+        self._streams[name] = StreamedDataset(element, "value", rows, self._rows, unit, **_CHECKED, **options)
         if "step" not in element:
             element["step"] = root[layout.STEP]
             element["time"] = root[layout.TIME]

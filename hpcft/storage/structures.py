@@ -11,7 +11,7 @@ Results of a calculator are not stored: a label is what stands under REF_*.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from hpcft.storage.lazy_hdf5 import LazyFile
 from hpcft.storage.packing import FIXED, concatenate, pack_arrays, pack_info
 from hpcft.storage.tree import (
     Array,
+    StreamedDataset,
     decode_name,
     encode_name,
     holds_text,
@@ -48,6 +49,7 @@ __all__ = [
     "read_texts",
     "write_extxyz",
     "write_structures",
+    "write_structures_in_blocks",
 ]
 
 
@@ -63,27 +65,71 @@ def write_structures(
     Raises UserError unless all have the same keys in `info` and `arrays`, of the same shape; only a string in
     `info` may be missing.
     """
-    info, missing = pack_info(atoms_list)
-    arrays = pack_arrays(atoms_list)
-    offsets = np.cumsum([0, *(len(atoms) for atoms in atoms_list)], dtype=np.int64)
-    numbers = concatenate([atoms.numbers for atoms in atoms_list], (), int)
-    positions = concatenate([atoms.positions for atoms in atoms_list], (3,), float)
-    cell = concatenate([atoms.cell.array[None] for atoms in atoms_list], (3, 3), float)
-    pbc = concatenate([atoms.pbc[None] for atoms in atoms_list], (3,), bool)
+    columns = _columns(atoms_list)
 
     def fill(file: Any) -> None:
-        write_array(file, "numbers", numbers)
-        write_array(file, "positions", positions, unit="Angstrom")
-        write_array(file, "offsets", offsets)
-        write_array(file, "cell", cell, unit="Angstrom")
-        write_array(file, "pbc", pbc)
-        for group, columns in {"info": info, "arrays": arrays, "missing": missing}.items():
-            target = file.create_group(group, track_order=True)  # or HDF5 sorts the keys
-            for key, values in columns.items():
-                write_array(target, encode_name(key), values)
+        for group in _GROUPS:
+            file.create_group(group, track_order=True)  # or HDF5 sorts the keys
+        for name, values in columns.items():
+            write_array(file, name, values, unit=_UNITS.get(name))
         write_attributes(file.create_group("provenance"), attributes or {})
 
     write_file(path, "structures", fill)
+
+
+def write_structures_in_blocks(
+    path: Path,
+    blocks: Iterable[Sequence[Atoms]],
+    num_structures: int,
+    attributes: Mapping[str, Any] | None = None,
+) -> None:
+    """`write_structures` of more than should be in memory at once; no string in `info` may be missing.
+
+    Raises UserError unless each block has the keys and shapes of the first.
+    """
+
+    def fill(file: Any) -> None:
+        for group in _GROUPS:
+            file.create_group(group, track_order=True)
+        streams: dict[str, StreamedDataset] = {}
+        num_atoms = 0
+        for block in blocks:
+            columns = _columns(block)
+            if any(name.startswith("missing/") for name in columns) or (
+                streams and columns.keys() != streams.keys()
+            ):
+                raise UserError(
+                    f"{path} cannot be written: structures of one file must have the same keys in info and arrays, but some "
+                    f"have {', '.join(sorted(columns.keys() ^ (streams.keys() or columns.keys())))} and others not."
+                )
+            columns["offsets"] = columns["offsets"][bool(streams) :] + num_atoms
+            num_atoms = int(columns["offsets"][-1])
+            for name, values in columns.items():
+                if name not in streams:
+                    streams[name] = StreamedDataset(file, name, values, num_structures, unit=_UNITS.get(name))
+                streams[name].append(values)
+        write_attributes(file.create_group("provenance"), attributes or {})
+
+    write_file(path, "structures", fill)
+
+
+_GROUPS = ("info", "arrays", "missing")
+_UNITS = {"positions": "Angstrom", "cell": "Angstrom"}
+
+
+def _columns(atoms_list: Sequence[Atoms]) -> dict[str, Array]:
+    """Every dataset of a file of these structures, by its name."""
+    info, missing = pack_info(atoms_list)
+    columns = {
+        "numbers": concatenate([atoms.numbers for atoms in atoms_list], (), int),
+        "positions": concatenate([atoms.positions for atoms in atoms_list], (3,), float),
+        "offsets": np.cumsum([0, *(len(atoms) for atoms in atoms_list)], dtype=np.int64),
+        "cell": concatenate([atoms.cell.array[None] for atoms in atoms_list], (3, 3), float),
+        "pbc": concatenate([atoms.pbc[None] for atoms in atoms_list], (3,), bool),
+    }
+    for group, values in {"info": info, "arrays": pack_arrays(atoms_list), "missing": missing}.items():
+        columns |= {f"{group}/{encode_name(key)}": column for key, column in values.items()}
+    return columns
 
 
 def read_structures(path: Path, indices: slice | Sequence[int] | None = None) -> list[Atoms]:

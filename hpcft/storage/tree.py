@@ -53,16 +53,27 @@ def read_tree(group: Any) -> dict[str, Any]:
 
 def write_array(group: Any, name: str, array: Array, unit: str | None = None) -> None:
     """Create a dataset of numbers, or of strings for dtype object."""
-    dtype = h5py.string_dtype() if array.dtype == object else array.dtype
-    dataset = group.create_dataset(name, data=array, dtype=dtype)
+    dataset = group.create_dataset(name, data=array, dtype=_stored_type(array))
     if unit is not None:
         dataset.attrs["unit"] = unit
+
+
+def _stored_type(array: Array) -> Any:
+    return h5py.string_dtype() if array.dtype == object else array.dtype
 
 
 class StreamedDataset:
     """A dataset that grows by rows (frames), in chunks of whole rows; `expected_rows` bounds the chunks' size."""
 
-    def __init__(self, group: Any, name: str, first: Array, expected_rows: int, **options: Any) -> None:
+    def __init__(
+        self,
+        group: Any,
+        name: str,
+        first: Array,
+        expected_rows: int,
+        unit: str | None = None,
+        **options: Any,
+    ) -> None:
         shape = first.shape[1:]
         row_bytes = max(1, first.dtype.itemsize * int(np.prod(shape)))
         most_rows = max(1, _CHUNK_BYTES // row_bytes)
@@ -72,10 +83,12 @@ class StreamedDataset:
             name,
             shape=(0, *shape),
             maxshape=(None, *shape),
-            dtype=first.dtype,
+            dtype=_stored_type(first),
             chunks=(rows, *(max(1, size) for size in shape)),
             **options,
         )
+        if unit is not None:
+            self.dataset.attrs["unit"] = unit
 
     def append(self, rows: Array) -> None:
         start = len(self.dataset)

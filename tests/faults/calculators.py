@@ -9,10 +9,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ase import Atoms
-from ase.calculators.calculator import all_changes
+from ase.calculators.calculator import SCFError, all_changes
 from ase.calculators.emt import EMT
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(3600)"]
@@ -57,6 +57,74 @@ class GatedEMT(CountingEMT):
     def before(self, atoms: Atoms) -> None:
         while "Ni" in atoms.get_chemical_symbols() and not Path(self.gate).exists():
             time.sleep(0.02)
+
+
+class MeetingEMT(CountingEMT):
+    """Goes on only once another calculation has begun beside it, and says on which cores and with how many threads."""
+
+    def __init__(self, calls: str, folder: str) -> None:
+        super().__init__(calls)
+        self.folder = Path(folder)
+
+    def before(self, atoms: Atoms) -> None:
+        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        (self.folder / f"{os.getpid()}").write_text(f"{cores} {os.environ['OMP_NUM_THREADS']}")
+        while len(list(self.folder.iterdir())) < 2:
+            time.sleep(0.01)
+
+
+class GreedyEMT(CountingEMT):
+    """Takes 300 MB for gold, in a process that it starts, and keeps them."""
+
+    def before(self, atoms: Atoms) -> None:
+        if "Au" in atoms.get_chemical_symbols():
+            take = "import time; held = bytearray(b'x' * 300_000_000); time.sleep(3600)"
+            subprocess.run([sys.executable, "-c", take], check=True)
+
+
+class DiesAtStepEMT(CountingEMT):
+    """Kills its own process in the fifth calculation, once."""
+
+    def before(self, atoms: Atoms) -> None:
+        if len(lines_of(Path(self.calls))) == 4 and not Path(f"{self.calls}.died").exists():
+            Path(f"{self.calls}.died").touch()
+            os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class ChargedEMT(EMT):
+    """EMT with moments, charges and a dipole, and an energy extrapolated to zero smearing beside the free one."""
+
+    implemented_properties: ClassVar[list[str]] = [
+        *EMT.implemented_properties,
+        "magmoms",
+        "charges",
+        "dipole",
+    ]
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        assert atoms is not None
+        super().calculate(atoms, properties, system_changes)
+        self.results["energy"] = self.results["free_energy"] + 0.25
+        self.results["magmoms"] = atoms.positions[:, 0] + 1
+        self.results["charges"] = atoms.positions[:, 1]
+        self.results["dipole"] = atoms.positions.sum(axis=0)
+
+
+class UnsettledEMT(CountingEMT):
+    """Does not converge with little mixing."""
+
+    def __init__(self, calls: str, mixing: float) -> None:
+        super().__init__(calls)
+        self.mixing = mixing
+
+    def before(self, atoms: Atoms) -> None:
+        if self.mixing > 0.2:
+            raise SCFError(f"no convergence with mixing {self.mixing}")
 
 
 class HangingEMT(CountingEMT):

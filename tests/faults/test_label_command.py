@@ -194,6 +194,12 @@ def test_structures_are_relaxed_to_forces_below_the_criterion(base: Path) -> Non
         assert np.linalg.norm(atoms.get_forces(), axis=1).max() < 0.02
         assert atoms.get_potential_energy() == pytest.approx(atoms.info["REF_energy"], abs=1e-9)
         assert abs(atoms.get_stress()).max() < 0.02
+    frames = read(base / "run" / "frames.extxyz", ":")
+    places = [(atoms.info["index"], atoms.info["step"]) for atoms in frames]
+    assert places == sorted(set(places))
+    for atoms in frames:
+        given, atoms.calc = atoms.arrays["REF_forces"], EMT()
+        assert given == pytest.approx(atoms.get_forces(), abs=1e-9)
 
 
 @pytest.mark.nightly

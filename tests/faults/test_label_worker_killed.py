@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from calculators import lines_of
 
-from hpcft.labelling.journal import journal_path, read_journals
+from hpcft.labelling.journal import journal_path, list_journals, read_journals
 from hpcft.labelling.label import Label, Relaxation
 from hpcft.labelling.shard import finish_shard, read_shard
 
@@ -31,7 +31,7 @@ from hpcft.labelling.item import Item
 from hpcft.labelling.reference import Reference
 from hpcft.labelling.worker import label_items
 
-folder, attempt, num_items = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+folder, attempt, num_items, workers = Path(sys.argv[1]), *map(int, sys.argv[2:])
 items = []
 for seed in range(num_items):
     atoms = bulk("Cu", cubic=True)
@@ -39,13 +39,13 @@ for seed in range(num_items):
     relaxed = seed % 8 == 7
     items.append(Item.relaxation(atoms, fmax=0.05, max_steps=99) if relaxed else Item.single_point(atoms))
 reference, scratch = Reference("calculators.SlowEMT"), folder / "scratch"
-label_items(items, reference, folder / "shard", attempt=attempt, scratch=scratch)
+label_items(items, reference, folder / "shard", attempt=attempt, workers=workers, scratch=scratch)
 """
 
 
-def start_worker(folder: Path, attempt: int) -> Worker:
+def start_worker(folder: Path, attempt: int, workers: int = 1) -> Worker:
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", WORKER, str(folder), str(attempt), str(NUM_ITEMS)]
+    command = [sys.executable, "-c", WORKER, str(folder), str(attempt), str(NUM_ITEMS), str(workers)]
     return subprocess.Popen(command, env={**os.environ, "HPCFT_TEST_CALLS": str(folder / "calls")})
 
 
@@ -84,8 +84,18 @@ def results(folder: Path) -> list[tuple[int, str, bytes]]:
     return rows
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_killed_at_random_moments_a_shard_ends_as_if_never_disturbed(tmp_path: Path, seed: int) -> None:
+def durable_energies(folder: Path) -> list[str]:
+    """The energy of every label and of every frame of a relaxation that the journals hold."""
+    listing = list_journals(folder / "shard")
+    entries = [*listing.items.values(), *(entry for of in listing.frames.values() for entry in of)]
+    results = [entry.read().result for entry in entries]
+    return [repr(result.energy) for result in results if isinstance(result, Label)]
+
+
+@pytest.mark.parametrize(("seed", "workers"), [(0, 1), (1, 2)])
+def test_killed_at_random_moments_a_shard_ends_as_if_never_disturbed(
+    tmp_path: Path, seed: int, workers: int
+) -> None:
     quiet, disturbed = tmp_path / "quiet", tmp_path / "disturbed"
     assert start_worker(quiet, 0).wait() == 0
 
@@ -93,25 +103,23 @@ def test_killed_at_random_moments_a_shard_ends_as_if_never_disturbed(tmp_path: P
     num_kills = 0
     finished_calls: dict[str, int] = {}
     for attempt in range(4):
-        worker = start_worker(disturbed, attempt)
+        worker = start_worker(disturbed, attempt, workers)
         journal = journal_path(disturbed / "shard", attempt)
         num_kills += kill_after(worker, journal, num_lines=rng.randrange(5), delay_s=rng.uniform(0, 0.06))
         wait_until_cleaned_up(disturbed)
         # Whatever the journal holds by now must never be computed again: the energies identify the calls.
         calls = Counter(lines_of(disturbed / "calls"))
-        for record in read_journals(disturbed / "shard").values():
-            if isinstance(record.result, Label):
-                finished_calls.setdefault(repr(record.result.energy), calls[repr(record.result.energy)])
+        for energy in durable_energies(disturbed):
+            finished_calls.setdefault(energy, calls[energy])
     assert num_kills > 0
-    assert start_worker(disturbed, 9).wait() == 0
+    assert start_worker(disturbed, 9, workers).wait() == 0
 
     calls = Counter(lines_of(disturbed / "calls"))
     assert {energy: calls[energy] for energy in finished_calls} == finished_calls
     records = read_journals(disturbed / "shard")
     assert sorted(records) == list(range(NUM_ITEMS))
     assert all(record.done for record in records.values())
-    single_points = Counter(repr(r.result.energy) for r in records.values() if isinstance(r.result, Label))
-    num_extra_calls = [calls[energy] - 1 for energy in single_points]
+    num_extra_calls = [calls[energy] - 1 for energy in set(durable_energies(disturbed))]
     assert min(num_extra_calls) >= 0
-    assert sum(num_extra_calls) <= num_kills  # at most the item in hand at each kill
+    assert sum(num_extra_calls) <= num_kills * workers  # at most what was in hand at each kill
     assert results(disturbed) == results(quiet)

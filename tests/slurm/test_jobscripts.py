@@ -51,6 +51,15 @@ def test_quantum_espresso_runs_inside_a_slurm_step_through_mpi_here(
     assert "convergence has been achieved" in done.stdout
 
 
+def test_ranks_stay_on_the_cores_that_their_calculation_was_given() -> None:
+    """Two calculations side by side on the same core would take twice as long."""
+    core = max(os.sched_getaffinity(0))
+    show = ["grep", "Cpus_allowed_list", "/proc/self/status"]
+    command = ["taskset", "-c", str(core), str(MPI_HERE), "2", *show]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [line.split()[1] for line in done.stdout.splitlines()] == [str(core)] * 2
+
+
 def test_mpi_here_says_what_is_wrong_with_its_arguments(tmp_path: Path) -> None:
     for arguments, words in (
         (["0", "true"], "whole number"),

@@ -14,6 +14,7 @@ CASES: dict[str, dict[str, Any]] = {
     "with the cell, at the minimum": {"cell": True, "engine": "implicit"},
     "with FIRE, of which the last steps count": {"map": "fire", "last": 4},
     "with step sizes that are learned": {"learn_step_size": "per-element"},
+    "with the frames on the way as labels": {"learn_frames": True},
 }
 
 
@@ -23,12 +24,12 @@ EVERY_NIGHT = [pytest.param(case, marks=pytest.mark.nightly) for case in list(CA
 @pytest.mark.parametrize("case", [*list(CASES)[:1], *EVERY_NIGHT])
 def test_a_campaign_reports_its_relaxations_after_k_steps_and_converged(tmp_path: Path, case: str) -> None:
     changes = dict(CASES[case])
-    cell = changes.pop("cell", False)
+    cell, learn_frames = changes.pop("cell", False), changes.pop("learn_frames", False)
     file = write_campaign(
         tmp_path / "inputs",
         {
             "rounds": 1,
-            "relaxations": {**CAMPAIGN["relaxations"], "cell": cell},
+            "relaxations": {**CAMPAIGN["relaxations"], "cell": cell, "learn_frames": learn_frames},
             "train": {**CAMPAIGN["train"], "relaxation": {**RELAXATION, **changes}},
         },
     )
@@ -44,6 +45,9 @@ def test_a_campaign_reports_its_relaxations_after_k_steps_and_converged(tmp_path
         assert product["relaxations"] == 2
     trained = json.loads((root / "round-001/train/product.json").read_text())
     assert trained["relaxations_refused"] == []
+    labelled = json.loads((root / "round-001/label/product.json").read_text())
+    assert trained["labels"] == labelled["frames_done"] + labelled.get("relaxation_frames", 0)
+    assert (trained["labels"] > CAMPAIGN["select"]["frames"]) == learn_frames
     assert trained["last"]["relaxation/dropped"] == 0
     learned = "learn_step_size" in changes
     assert ("relaxation/step_size" in trained["last"]) == learned

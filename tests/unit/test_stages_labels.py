@@ -120,7 +120,8 @@ def copper(seed: int) -> Atoms:
 
 def label(here: StageContext, index: int, frames: list[Atoms], payload: dict[str, Any]) -> dict[str, Any]:
     here.here.task(index).path.mkdir(parents=True, exist_ok=True)
-    return run_shard(TaskContext(here, index, payload, 1, Rank()), frames)
+    items = [Item.single_point(frame) for frame in frames]
+    return run_shard(TaskContext(here, index, payload, 1, Rank()), items)
 
 
 def test_a_label_of_an_earlier_round_is_found_again_and_not_paid_for(folder: CampaignFolder) -> None:
