@@ -25,10 +25,10 @@ help:
 quickstart: $(VENV)/.installed
 	$(BIN)/hpcft run campaigns/quickstart.yaml
 
-test: packages lint
+test: packages lint $(VENV)/.installed-codes
 	tests/run
 
-test-nightly: packages $(VENV)/.installed-test
+test-nightly: packages $(VENV)/.installed-codes
 	tests/run -m nightly
 
 MINUTES ?= 60
@@ -50,7 +50,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-# What pip cannot install: Slurm, MPI, Quantum ESPRESSO, shellcheck.
+# What pip cannot install: Slurm, MPI, Quantum ESPRESSO, the libraries of GPAW, shellcheck.
 packages:
 	env -u HPCFT_SLURM_DIR tests/slurm/cluster/up --install
 
@@ -67,3 +67,8 @@ $(VENV)/.installed: $(INPUTS) | $(BIN)/pip
 $(VENV)/.installed-test: $(INPUTS) | $(BIN)/pip
 	$(PIP_INSTALL) -e '.[test]'
 	@touch $@ $(VENV)/.installed
+
+# Compiles GPAW, for which `packages` brings what it needs.
+$(VENV)/.installed-codes: $(INPUTS) | $(VENV)/.installed-test
+	$(PIP_INSTALL) -e '.[test,gpaw,xtb]'
+	@touch $@ $(VENV)/.installed-test $(VENV)/.installed

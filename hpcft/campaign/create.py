@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from hpcft.campaign.new_folder import CAMPAIGN_COPY, Contents, made_or_found
 from hpcft.config.campaign import Campaign
 from hpcft.config.reference import Reference
 from hpcft.errors import UserError
-from hpcft.labelling.reference import build_calculator, reference_from, unknown_elements
+from hpcft.labelling.reference import check_arguments, reference_from, unknown_elements, unsuitable
+from hpcft.labelling.requirements import missing_data_sets
 from hpcft.storage.campaign_folder import CampaignFolder
 from hpcft.storage.structures import read_any
 
@@ -76,10 +76,10 @@ def _check_elements(campaign: Campaign, structures: dict[str, Sequence[Atoms]]) 
     known_to_model = elements_of_file(campaign.foundation)
     for name, group in structures.items():
         numbers = sorted({int(number) for atoms in group for number in atoms.numbers})
-        missing = [chemical_symbols[n] for n in numbers if n not in known_to_model]
-        if missing:
+        unlearnt = [chemical_symbols[n] for n in numbers if n not in known_to_model]
+        if unlearnt:
             raise UserError(
-                f"{name} contains {', '.join(missing)}, which the foundation model {campaign.foundation.name} does not know "
+                f"{name} contains {', '.join(unlearnt)}, which the foundation model {campaign.foundation.name} does not know "
                 f"(it knows {', '.join(chemical_symbols[n] for n in sorted(known_to_model))})"
             )
     check_reference(
@@ -88,15 +88,23 @@ def _check_elements(campaign: Campaign, structures: dict[str, Sequence[Atoms]]) 
 
 
 def check_reference(wish: Reference, structures: Mapping[str, Sequence[Atoms]]) -> None:
-    """UserError for a reference that cannot be built, or that does not know an element of the structures."""
+    """UserError for a reference that takes other arguments, lacks a data set, or cannot do one of the structures."""
     reference = reference_from(wish)
-    build_calculator(reference, Path(os.devnull).parent)
+    check_arguments(reference)
     for name, group in structures.items():
         numbers: set[int] = set()
         for atoms in group:
             numbers.update(atoms.numbers.tolist())
         if unknown := unknown_elements(reference, numbers):
             raise UserError(f"{name} contains {', '.join(unknown)}, which {wish.calculator} does not know")
+        for index, atoms in enumerate(group):
+            if problem := unsuitable(reference, atoms):
+                raise UserError(
+                    f"structure {index} of {name}: {problem}; take it out, or choose another reference"
+                )
+        missing = missing_data_sets(reference, [chemical_symbols[number] for number in sorted(numbers)])
+        if certain := [lack.what for lack in missing if not lack.may_come_later]:
+            raise UserError("\n".join(certain))
 
 
 def _check_plain(structures: dict[str, Sequence[Atoms]]) -> None:

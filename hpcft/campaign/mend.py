@@ -219,9 +219,10 @@ def _publish_labels(folder: CampaignFolder, stage: StageFolder) -> None:
 
 def _register_labels(folder: CampaignFolder, moved: Path) -> None:
     if moved.name in ("label", "reference"):
-        from hpcft.labelling.store import LabelStore
+        from hpcft.stages.label_tasks import stores_of
 
-        LabelStore(folder.labels).register_below(moved)
+        for store in stores_of(folder, settings_of(folder)):
+            store.register_below(moved)
 
 
 def _forget_markers(folder: CampaignFolder, target: Path, stages: set[tuple[int, str]]) -> None:

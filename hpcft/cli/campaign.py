@@ -16,6 +16,7 @@ from hpcft.cli.drive import (
     let_controller_finish,
     opened,
     refuse_impossible,
+    refuse_without_programs,
     short,
     take_steps,
 )
@@ -35,9 +36,7 @@ CampaignFolderOption = Annotated[
     Path | None,
     typer.Option("--dir", help="Campaign folder; default: runs/NAME below the current folder."),
 ]
-Check = Annotated[
-    bool, typer.Option(help="Refuse first what Slurm would not run, as `hpcft check` tells it.")
-]
+Check = Annotated[bool, typer.Option(help="Refuse first what could not run, as `hpcft check` tells it.")]
 TakeOver = Annotated[
     bool, typer.Option("--take-over", help="Take the lease from a manager on a host that is gone for good.")
 ]
@@ -51,7 +50,7 @@ def run(
     check: Check = True,
 ) -> None:
     """Run a campaign to its end, or go on with it where it stands; this command stays until then."""
-    folder, chosen = _made(campaign_file, site, directory, take_over)
+    folder, chosen = _made(campaign_file, site, directory, take_over, check)
     if check:
         refuse_impossible(folder, chosen)
     if drive(folder, chosen, take_over):
@@ -73,7 +72,7 @@ def submit(
         folder = opened(campaign)
         chosen = chosen_site(folder, site)
     else:
-        folder, chosen = _made(campaign, site, directory, take_over, detached=True)
+        folder, chosen = _made(campaign, site, directory, take_over, check, detached=True)
     if check:
         refuse_impossible(folder, chosen)
     with showing_what_is_done(folder):
@@ -111,7 +110,13 @@ def resume(
 
 
 def _made(
-    campaign_file: Path, site: Path | None, directory: Path | None, take_over: bool, *, detached: bool = False
+    campaign_file: Path,
+    site: Path | None,
+    directory: Path | None,
+    take_over: bool,
+    check: bool,
+    *,
+    detached: bool = False,
 ) -> tuple[CampaignFolder, Site]:
     """The folder of the campaign that a file describes, made now or found, and the site to run it on."""
     from hpcft.config.campaign import load_campaign
@@ -127,6 +132,8 @@ def _made(
         from hpcft.campaign.detached import require_slurm
 
         require_slurm(chosen)
+    if check and not known.identity.exists():
+        refuse_without_programs(campaign, chosen)
     return open_or_create(campaign, campaign_file, root, take_over=take_over), chosen
 
 
@@ -152,7 +159,7 @@ def _print_table(folder: CampaignFolder) -> None:
     from rich.console import Console
 
     from hpcft.report.results import read_results
-    from hpcft.report.table import relaxation_notes, relaxations_table, results_table
+    from hpcft.report.table import label_notes, relaxation_notes, relaxations_table, results_table
 
     results = read_results(folder)
     if results:
@@ -162,7 +169,7 @@ def _print_table(folder: CampaignFolder) -> None:
         console.print(results_table(results, _confidence(folder), str(folder.read_identity()["name"])))
         if (relaxations := relaxations_table(results, _confidence(folder))) is not None:
             console.print(relaxations)
-        for note in relaxation_notes(results):
+        for note in (*label_notes(results, folder.root), *relaxation_notes(results)):
             console.print(note, soft_wrap=True, markup=False, highlight=False)
 
 

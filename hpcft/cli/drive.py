@@ -20,6 +20,7 @@ from hpcft.storage.campaign_folder import CampaignFolder
 if TYPE_CHECKING:
     from hpcft.campaign.manager import Manager, Turn
     from hpcft.cli.progress import Progress
+    from hpcft.config.campaign import Campaign
     from hpcft.config.site import Site
 
 
@@ -82,6 +83,22 @@ def refuse_impossible(folder: CampaignFolder, site: Site) -> None:
             "nothing was submitted, for Slurm would not run it:\n  "
             + "\n  ".join(lines)
             + "\nShould Slurm know better, say --no-check."
+        )
+
+
+def refuse_without_programs(campaign: Campaign, site: Site) -> None:
+    """Raises UserError if the reference's programs, or the scratch they need, are surely not there."""
+    from hpcft.cli.preflight import reference_problems
+
+    errors = [
+        problem
+        for problem in reference_problems(site, campaign, None)
+        if problem.severity == "error" and problem.key in ("reference.command", "TMPDIR")
+    ]
+    if errors:
+        raise UserError(
+            "\n".join(f"{p.key}: {p.what}; {p.accepted}" for p in errors)
+            + "\nShould the jobs know better, say --no-check."
         )
 
 

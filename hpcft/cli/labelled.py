@@ -37,6 +37,8 @@ def show_labels(folder: CampaignFolder) -> None:
     console.print(_table(counts))
     for path in _files(folder):
         console.print(f"written: {short(path)}", soft_wrap=True, markup=False)
+    if counts["suspects"]:
+        console.print(f"{counts['suspects']} labels look wrong; suspect in their comment line says why")
     if counts["failed"]:
         where = short(folder.root)
         console.print(

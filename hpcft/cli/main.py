@@ -8,7 +8,7 @@ import sys
 import typer
 
 from hpcft import __version__
-from hpcft.cli import archive, campaign, inspect, label, logs, md, mend, model, relax, site, train
+from hpcft.cli import archive, campaign, inspect, label, logs, md, mend, model, relax, site, store, train
 from hpcft.errors import CampaignStopped, LabelError, LeaseHeld, SchedulerUnavailable, UserError
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ app.command("verify")(archive.verify)
 app.command("check")(site.check)
 app.add_typer(model.app, name="model")
 app.add_typer(site.app, name="site")
+app.add_typer(store.app, name="store")
 
 
 def _show_version(wanted: bool) -> None:

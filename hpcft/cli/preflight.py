@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from hpcft.cluster.jobs import max_tasks, ranks_of
 from hpcft.cluster.problems import Problem
@@ -37,6 +38,8 @@ class Inputs:
     num_bytes: int
     """Size of all input files."""
     model_bytes: int
+    symbols: tuple[str, ...] = ()
+    """Chemical symbols of all that is labelled."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,15 @@ def read_inputs(campaign: Campaign) -> Inputs:
     from hpcft.storage.structures import read_any  # ASE, which takes its time
 
     structures = read_any(campaign.structures)
+    relaxations = [path for path in (campaign.relaxations.train, campaign.relaxations.test) if path]
+    labelled = [*structures, *(atoms for path in relaxations for atoms in read_any(path))]
     sizes = {path: path.stat().st_size for path in set(campaign.files().values())}
     return Inputs(
         num_replicas=len(structures),
         num_atoms=sum(len(atoms) for atoms in structures),
         num_bytes=sum(sizes.values()),
         model_bytes=sizes[campaign.foundation],
+        symbols=tuple(sorted({symbol for atoms in labelled for symbol in atoms.symbols})),
     )
 
 
@@ -106,7 +112,35 @@ def machine_problems(
     site: Site, campaign: Campaign | None, which: Callable[[str], str | None] = shutil.which
 ) -> list[Problem]:
     """What this machine lacks for the site, and time limits that contradict each other."""
-    return [*_programs(site, which), *_cpu_limit(site), *(_time_limits(campaign) if campaign else ())]
+    return [*_programs(site, which), *_cpu_limit(site), *(_of_campaign(campaign) if campaign else ())]
+
+
+def reference_problems(
+    site: Site,
+    campaign: Campaign,
+    inputs: Inputs | None,
+    which: Callable[[str], str | None] = shutil.which,
+) -> list[Problem]:
+    """What this machine lacks for the reference calculations; what the jobs' own environment may bring is a warning."""
+    from hpcft.labelling.presets import launcher
+    from hpcft.labelling.requirements import lacks, scratch_lacks
+
+    mpi = launcher(site.mpi_launcher, campaign.label.ranks_per_calculation)
+    is_local = site.executor == "local"
+    found = [
+        Problem(
+            "campaign",
+            f"reference.{lack.key}",
+            lack.what,
+            lack.accepted,
+            "warning" if site.python or (lack.may_come_later and not is_local) else "error",
+        )
+        for lack in lacks(campaign.reference, inputs.symbols if inputs else (), mpi, which)
+    ]
+    # The nodes of a cluster have scratch of their own.
+    severity: Literal["error", "warning"] = "error" if is_local else "warning"
+    accepted = "a folder on a local disk, with room for the files of running calculations"
+    return [*found, *(Problem("machine", "TMPDIR", what, accepted, severity) for what in scratch_lacks())]
 
 
 def _programs(site: Site, which: Callable[[str], str | None]) -> Iterator[Problem]:
@@ -135,6 +169,21 @@ def _cpu_limit(site: Site) -> Iterator[Problem]:
         whose = "tasks among them" if site.executor == "local" else "`hpcft run` among them"
         what = f"each process here is ended after {limit_s / 60:g} min of CPU time (ulimit -t), {whose}"
         yield Problem("machine", "ulimit", what, "a machine without that limit", "warning")
+
+
+def _of_campaign(campaign: Campaign) -> Iterator[Problem]:
+    yield from _time_limits(campaign)
+    yield from _shared_store(campaign)
+
+
+def _shared_store(campaign: Campaign) -> Iterator[Problem]:
+    store = campaign.label.store
+    if store is None:
+        return
+    nearest = next(path for path in (store, *store.parents) if path.exists())
+    if not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
+        what = f"names {store}, but you cannot write in {nearest}, so that no label could be registered there"
+        yield Problem("campaign", "label.store", what, "a folder that you can write")
 
 
 def _time_limits(campaign: Campaign) -> Iterator[Problem]:

@@ -15,6 +15,7 @@ from hpcft.campaign.decide import Adopt, Collect, RecordEndings, SetAside, Submi
 from hpcft.campaign.manager import Turn, stage_line
 from hpcft.campaign.policy import describe
 from hpcft.report.results import METRICS, RoundResult, read_results, shown
+from hpcft.storage.atomic import read_json
 from hpcft.storage.campaign_folder import CampaignFolder, kind_of
 
 
@@ -99,6 +100,11 @@ class Progress:
         seconds = time.monotonic() - self._stage_started
         self._stage_started = time.monotonic()
         self._print(f"{self._clock()}  round {action.round} {action.stage:<9} done in {seconds:5.1f} s")
+        if action.stage in ("label", "reference"):
+            product = read_json(self.folder.stage(action.round, action.stage).product)
+            if found := product.get("suspects"):
+                first = f"task {found[0]['task']} of round {found[0]['round']}: {found[0]['reason']}"
+                self._print(f"          {len(found)} labels so far look wrong; {first}")
         if action.stage == "evaluate":
             results = read_results(self.folder)
             for result in results[self._rounds_shown :]:

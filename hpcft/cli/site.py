@@ -57,6 +57,7 @@ def check(
     root = directory or (Path("runs") / campaign.name if campaign else None)
     root = root.absolute() if root else None
     found = [*preflight.machine_problems(site, campaign), *_unreadable(mistakes)]
+    found += preflight.reference_problems(site, campaign, inputs) if campaign else []
     found += preflight.folder_problems(root, needed) if root else []
     asks_slurm = site.executor == "slurm" and not missing_executables(site)
     cluster, silence = _ask_slurm() if asks_slurm else (None, None)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hpcft.config.validate import Section
+from hpcft.config.validate import Section, names_input_file
 from hpcft.config.yaml_file import KeyPath
 from hpcft.errors import UserError
 
@@ -29,6 +29,7 @@ PATIENCE_KEYS = frozenset(
         "workers",
         "ranks_per_calculation",
         "store",
+        "quarantine",
     }
 )
 
@@ -99,9 +100,9 @@ def _is_file(value: object) -> bool:
 
 
 def _files(section: Section, prefix: KeyPath) -> Iterator[tuple[KeyPath, Path]]:
-    for key in type(section).model_fields:
+    for key, field in type(section).model_fields.items():
         value = getattr(section, key)
-        if isinstance(value, Path) and key not in PATIENCE_KEYS:  # label.store is a folder, and no input
+        if isinstance(value, Path) and names_input_file(field):
             yield (*prefix, key), value
         elif isinstance(value, Section):
             yield from _files(value, (*prefix, key))

@@ -26,7 +26,7 @@ from hpcft.config.validate import (
 )
 from hpcft.config.yaml_file import KeyPath, load_yaml
 
-Crystal = Literal["fcc", "L1_0", "L1_2"]
+Crystal = Literal["fcc", "diamond", "L1_0", "L1_2"]
 Irreps = Annotated[
     str,
     matching(
@@ -40,7 +40,7 @@ class Data(Section):
     """Strained and rattled crystals of all the elements."""
 
     crystals: Annotated[tuple[Crystal, ...], Strict(False)] = ("fcc", "L1_0", "L1_2")
-    """Prototypes: fcc of each element, L1_0 and L1_2 of each pair."""
+    """Prototypes: fcc and diamond of each element, L1_0 and L1_2 of each pair."""
     structures_per_crystal: Count
     """Structures made of each prototype with each choice of elements."""
     repeat: Count = 2
@@ -54,7 +54,7 @@ class Data(Section):
 
     def _problems(self) -> Iterator[tuple[KeyPath, str]]:
         if not self.crystals:
-            yield ("crystals",), "the list is empty; write at least one of fcc, L1_0 and L1_2"
+            yield ("crystals",), "the list is empty; write at least one of fcc, diamond, L1_0 and L1_2"
         if len(set(self.crystals)) < len(self.crystals):
             yield ("crystals",), "lists a crystal twice; once is enough"
 
@@ -103,8 +103,11 @@ class Recipe(Section):
     """Training."""
 
     def _problems(self) -> Iterator[tuple[KeyPath, str]]:
-        if len(self.elements) == 1 and self.data.crystals != ("fcc",):
-            yield ("data", "crystals"), f"{self.elements[0]} alone makes no L1_0 or L1_2; write [fcc]"
+        if len(self.elements) == 1 and {"L1_0", "L1_2"} & set(self.data.crystals):
+            yield (
+                ("data", "crystals"),
+                f"{self.elements[0]} alone makes no L1_0 or L1_2; write [fcc] or [diamond]",
+            )
         unknown = set(self.elements) - set(self.reference.elements or self.elements)
         if unknown:
             problem = f"{', '.join(sorted(unknown))} cannot be labelled: not in reference.elements"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, Strict
 
 from hpcft.config.common import Elements, Resources, VariableName
-from hpcft.config.validate import Count, OneLine, Positive, Section, Unit, matching, shown
+from hpcft.config.validate import Count, Folder, OneLine, Positive, Section, Unit, matching, shown
 from hpcft.config.yaml_file import KeyPath
 
 SHORT_NAMES = (
@@ -83,8 +82,10 @@ class Label(Section):
     """Calculations that run side by side in one task; an idle worker takes the next structure."""
     ranks_per_calculation: Count = 1
     """MPI ranks of one calculation, for {mpi} in reference.command."""
-    store: Annotated[Path, Strict(False)] | None = None
+    store: Folder | None = None
     """Folder of labels that campaigns share: what one of them has paid for, none pays for again. Left out: its own."""
+    quarantine: bool = True
+    """Whether labels that look wrong (docs/label-store.md) are kept from training and judging; they are listed either way."""
     tolerated_failures: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Fraction of a stage's reference calculations, and of its tasks, that may fail for good before the campaign stops."""
     resources: Resources = Resources()

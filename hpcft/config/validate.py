@@ -108,6 +108,21 @@ def _input_file(path: Path, info: ValidationInfo) -> Path:
     return found
 
 
+def _folder(path: Path, info: ValidationInfo) -> Path:
+    """The absolute path of what is or may become a folder."""
+    if not str(path).isprintable():
+        raise ValueError(f"{shown(str(path))} is not a folder name: it has control characters")
+    if info.context is None:
+        return path
+    try:
+        found: Path = (info.context["folder"] / path.expanduser()).resolve()
+        if found.exists() and not found.is_dir():
+            raise ValueError(f"{found} is a file; name a folder")
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be looked up ({error}); correct it or its permissions") from error
+    return found
+
+
 _MOST = 1e100  # a number that a float can hold
 
 
@@ -171,6 +186,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 OneLine = Annotated[str, AfterValidator(_one_line)]
 InputFile = Annotated[Path, Strict(False), AfterValidator(_input_file)]
 """A file that is read: absolute after loading, relative to the folder of the YAML file when written."""
+Folder = Annotated[Path, Strict(False), AfterValidator(_folder)]
+"""A folder that need not exist yet: absolute after loading, relative to the folder of the YAML file when written."""
 Name = Annotated[
     str,
     matching(
@@ -198,6 +215,11 @@ def validate(model_cls: type[_Model], document: Document, path: Path) -> _Model:
     told = [problem for problem in found if not (problem.is_missing and problem.key_path in meant)]
     told.sort(key=lambda problem: _nearest_line(document, problem.key_path))
     raise UserError("\n".join(problem.located(document, path) for problem in told))
+
+
+def names_input_file(field: FieldInfo) -> bool:
+    """Whether a key is of the kind InputFile, or may be."""
+    return any(isinstance(mark, AfterValidator) and mark.func is _input_file for mark in _marks(field))
 
 
 def shown(value: object) -> str:
@@ -319,8 +341,12 @@ def _unit(field: FieldInfo | None) -> str:
     """The unit with a space before it, or nothing."""
     if field is None:
         return ""
-    parts = [*field.metadata, *(part for member in get_args(field.annotation) for part in get_args(member))]
-    return next((f" {part.name}" for part in parts if isinstance(part, Unit)), "")
+    return next((f" {part.name}" for part in _marks(field) if isinstance(part, Unit)), "")
+
+
+def _marks(field: FieldInfo) -> list[Any]:
+    """What its annotation says beside the type, also where None is allowed as well."""
+    return [*field.metadata, *(part for member in get_args(field.annotation) for part in get_args(member))]
 
 
 def _nearest_line(document: Document, key_path: KeyPath) -> int:

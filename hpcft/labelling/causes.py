@@ -5,6 +5,7 @@
 | scf | the self-consistent field did not converge |
 | non-finite | energy, forces or stress hold NaN or infinity |
 | net-force | the forces do not add up to zero |
+| stress | the stress is not symmetric |
 | unconverged | the relaxation did not reach its force limit within its steps |
 | geometry | the structure itself is impossible: overlapping atoms, no volume |
 | bad-input | the code rejected the input, or cannot do an element |
@@ -44,8 +45,14 @@ _POLITE_SIGNALS = {
 # ESPRESSO writes that about single eigenvalues and goes on.
 _OUTPUT_MARKS = (
     ("maximum cpu time exceeded", "time-limit"),
-    ("convergence not achieved", "scf"),
-    ("scf not converged", "scf"),
+    ("convergence not achieved", "scf"),  # Quantum ESPRESSO
+    ("scf not converged", "scf"),  # ORCA, tblite
+    ("wavefunction not fully converged", "scf"),  # ORCA
+    ("scf run not converged", "scf"),  # CP2K
+    ("self-consistency cycle did not converge", "scf"),  # FHI-aims
+    ("ediff was not reached", "scf"),  # VASP
+    ("call to zhegv failed", "scf"),  # VASP: the subspace of its diagonalisation has collapsed
+    ("could not find required paw dataset", "bad-input"),  # GPAW
     ("overlap!", "geometry"),
     ("no space left on device", "disk-full"),
 )
@@ -128,7 +135,7 @@ def _cause_of(error: BaseException) -> str:
         started_a_process = any(
             frame.name == "_execute_child" for frame in traceback.extract_tb(error.__traceback__)
         )
-        return "missing-binary" if started_a_process else "calculator"
+        return "missing-binary" if started_a_process else _mark_in(str(error)) or "calculator"
     if isinstance(error, MemoryError):
         return "memory"
     if isinstance(error, NotImplementedError) or type(error).__name__ in {
@@ -138,7 +145,7 @@ def _cause_of(error: BaseException) -> str:
         return "bad-input"
     if "converge" in str(error).lower():
         return "scf"
-    return "calculator"
+    return _mark_in(str(error)) or "calculator"
 
 
 def _of_exit_status(error: subprocess.CalledProcessError, directory: Path | None) -> LabelError:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from hpcft.errors import LabelError
 from hpcft.labelling.causes import calculator_errors
 from hpcft.labelling.item import plain_structure
+from hpcft.labelling.sanity import symmetric_voigt
 
 Array = NDArray[np.float64]
 EnergyKind = Literal["free_energy", "energy"]
@@ -88,7 +89,7 @@ def compute_label(
     forces_n3 = _array(results, "forces", (len(structure), 3))
     stress_6 = None if results.get("stress") is None else _voigt(results["stress"])
     check_finite(value, forces_n3, stress_6)
-    _check_net_force(forces_n3)
+    check_net_force(forces_n3)
     per_atom = (len(structure),)
     extra = {name: _array(results, name, EXTRA_SHAPES[name] or per_atom) for name in properties}
     return Label(value, kind, forces_n3, stress_6, extra)
@@ -249,11 +250,12 @@ def _array(results: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Arr
 def _voigt(stress: Any) -> Array:
     stress = np.array(stress, dtype=np.float64)
     if stress.shape == (3, 3):
-        return np.array(stress.ravel()[[0, 4, 8, 5, 2, 1]])
+        return symmetric_voigt(stress)
     return _array({"stress": stress}, "stress", (6,))
 
 
-def _check_net_force(forces_n3: Array) -> None:
+def check_net_force(forces_n3: Array) -> None:
+    """LabelError for forces that do not add up to zero, as those of an isolated system do."""
     net = float(np.linalg.norm(forces_n3.sum(axis=0)))
     total = float(np.linalg.norm(forces_n3, axis=1).sum())
     if net > _NET_FORCE_SHARE * total and net > _NET_FORCE_PER_ATOM * len(forces_n3):

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import inspect
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
 
 from hpcft.config.reference import Reference as ReferenceConfig
 from hpcft.errors import UserError
-from hpcft.labelling.dotted_path import nearest, resolve
+from hpcft.labelling.arguments import prepared
+from hpcft.labelling.classical import elements_of_stillinger_weber, elements_of_tersoff
+from hpcft.labelling.contents import STILLINGER_WEBER, TEACHER, TERSOFF, contents_of, without_places
+from hpcft.labelling.dotted_path import resolve
 from hpcft.labelling.presets import MPI, PRESETS, Preset
-from hpcft.labelling.settings import ESPRESSO, canonical, merged, refuse_unconverged
+from hpcft.labelling.settings import CP2K, ESPRESSO, GPAW, ORCA, TBLITE, canonical, merged, refuse_unconverged
 
 # hpcft gives each calculation a new folder and a new start, so that no label depends on the one before.
 _NOT_FOR_USERS = {"directory", "restart", "atoms"}
@@ -32,7 +37,8 @@ class Reference:
     holds arguments to merge over `arguments`, one after the other, when the self-consistent field does not
     converge; every rung must stand for the same physics, because the key of a label does not depend on it.
     `properties` are asked for beside energy, forces and stress. `energy`: the one from which the forces derive, or
-    that extrapolated to zero smearing. `memory_limit_GB` bounds one calculation with all its processes.
+    that extrapolated to zero smearing. `memory_limit_GB` bounds one calculation with all its processes. `contents`
+    holds the SHA-256 of files that the arguments name, by their role.
     """
 
     calculator: str
@@ -44,6 +50,7 @@ class Reference:
     energy: Literal["free", "extrapolated"] = "free"
     environment: Mapping[str, str] = field(default_factory=dict)
     memory_limit_GB: float | None = None
+    contents: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if "." not in self.calculator:
@@ -73,9 +80,9 @@ class Reference:
         """SHA-256 of the settings that decide the numbers.
 
         These are not the time limit, the ladder, the elements or the launch command. Files that the arguments
-        name (potentials, pseudopotentials) enter by name, not by content.
+        name (potentials, pseudopotentials, models) enter by their content where `contents` has them, else by name.
         """
-        arguments = dict(self.arguments)
+        arguments = without_places(self.calculator, self.arguments) if self.contents else dict(self.arguments)
         if isinstance(arguments.get("profile"), Mapping):
             arguments["profile"] = {
                 key: value for key, value in arguments["profile"].items() if key != "command"
@@ -85,12 +92,18 @@ class Reference:
             "calculator": self.calculator,
             "arguments": canonical(arguments, self.calculator),
         }
+        if self.contents:
+            settings["contents"] = dict(self.contents)
         # Only where they differ from the default, so that labels of before keep their keys.
         if self.properties:
             settings["properties"] = sorted(self.properties)
         if self.energy != "free":
             settings["energy"] = self.energy
         return hashlib.sha256(json.dumps(settings, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+    def provenance(self) -> dict[str, str]:
+        """What a file of its labels says of it."""
+        return {"reference": self.calculator, "reference_fingerprint": self.fingerprint()}
 
     def rungs(self) -> Iterator[Mapping[str, Any]]:
         """The arguments of the first try, then those of each rung of the ladder."""
@@ -104,48 +117,72 @@ class Reference:
 
 
 def reference_from(config: ReferenceConfig, mpi: str = "") -> Reference:
-    """The reference that a user's settings describe: a short name spelt out, and `mpi` for {mpi} in its command."""
-    preset = PRESETS.get(config.calculator)
-    if preset is None:
-        if config.command is not None:
-            raise UserError(
-                f"reference.command is for short names ({', '.join(PRESETS)}); write the command of {config.calculator} "
-                "where it stands in its arguments"
-            )
-        preset = Preset(config.calculator)
-    arguments = merged(preset.arguments, config.arguments)
-    command = config.command or preset.command
-    if command is not None:
-        arguments = dict(preset.with_command(arguments, command.replace(MPI, mpi).strip()))
+    """The reference that a user's settings describe: a short name spelt out, and `mpi` for {mpi} in its command.
+
+    UserError for a file that a short name's arguments name and that is not there, as its content enters the labels' keys.
+    """
+    preset = PRESETS.get(config.calculator) or Preset(config.calculator)
+    arguments = spelt_out(config, mpi)
+    is_short = config.calculator in PRESETS
     return Reference(
         preset.calculator,
         arguments,
         config.elements,
         config.time_limit_s,
-        preset.ladder if config.ladder is None else config.ladder,
+        preset.ladder if config.ladder is None else tuple(preset.read(rung) for rung in config.ladder),
         tuple(config.properties),
         config.energy,
         dict(config.environment),
         config.memory_limit_GB,
+        # A dotted path's files enter by name, as they always have: its labels keep their keys.
+        contents_of(preset.calculator, arguments) if is_short else {},
     )
+
+
+def spelt_out(config: ReferenceConfig, mpi: str = "") -> dict[str, Any]:
+    """The arguments of the calculator's class: the user's over the short name's, with the command."""
+    preset = PRESETS.get(config.calculator)
+    if preset is None or preset.command is None:
+        if config.command is not None:
+            programs = ", ".join(name for name, known in PRESETS.items() if known.command is not None)
+            where = (
+                "it runs inside Python" if preset else "write its command where it stands in its arguments"
+            )
+            raise UserError(f"reference.command is for {programs}; {config.calculator} takes none: {where}")
+        preset = preset or Preset(config.calculator)
+    arguments = preset.completed(merged(preset.arguments, preset.read(config.arguments)))
+    if preset.command is None:
+        return dict(arguments)
+    command = (config.command or preset.command).replace(MPI, mpi).strip()
+    return dict(preset.with_command(arguments, command))
 
 
 def build_calculator(reference: Reference, directory: Path) -> Any:
     """A new ASE calculator that works in `directory`; UserError if the path or the arguments do not fit."""
     factory = resolve(reference.calculator)
-    arguments = dict(reference.arguments)
-    if reference.calculator == ESPRESSO:
-        arguments = _espresso_arguments(arguments)
-    if _works_in_a_directory(factory):
-        arguments["directory"] = str(directory)
-    _check_arguments(reference.calculator, factory, arguments)
+    arguments = prepared(reference.calculator, factory, reference.arguments, directory)
+    # ASE's CP2K starts its program at once, and that reads and writes where it was started.
+    place = contextlib.chdir(directory) if reference.calculator == CP2K else contextlib.nullcontext()
     try:
-        return factory(**arguments)
+        with place:
+            return factory(**arguments)
+    except UserError:
+        raise
     except Exception as error:  # each code has its own way to reject its arguments
         raise UserError(
             f"{reference.calculator} did not accept its arguments: {type(error).__name__}: {error}. "
             f"Given were {', '.join(sorted(reference.arguments)) or 'none'}; correct them."
         ) from error
+
+
+def check_arguments(reference: Reference) -> None:
+    """UserError if the calculator cannot be built as it stands; starts no program."""
+    if reference.calculator == CP2K:
+        prepared(CP2K, resolve(CP2K), reference.arguments, Path())
+        return
+    if reference.calculator == GPAW:  # which greets
+        reference = reference.at_rung({**reference.arguments, "txt": None})
+    build_calculator(reference, Path(os.devnull).parent)
 
 
 def unknown_elements(reference: Reference, numbers: Iterable[int]) -> list[str]:
@@ -160,75 +197,37 @@ def unknown_elements(reference: Reference, numbers: Iterable[int]) -> list[str]:
     ]
 
 
-def _known_elements(reference: Reference) -> set[str] | None:
-    if reference.elements is not None:
-        return set(reference.elements)
-    if reference.calculator == "ase.calculators.emt.EMT":
-        from ase.calculators.emt import parameters
-
-        return set(parameters)
-    if reference.calculator == ESPRESSO:
-        return set(reference.arguments.get("pseudopotentials", {}))
-    if reference.calculator == "ase.calculators.tersoff.Tersoff.from_lammps":
-        from ase.calculators.tersoff import Tersoff
-
-        triples = Tersoff.read_lammps_format(reference.arguments["potential_file"])
-        return {symbol for triple in triples for symbol in triple}
+def unsuitable(reference: Reference, atoms: Atoms) -> str | None:
+    """Why the reference cannot do a structure that it would take for another one, or None."""
+    if unknown := unknown_elements(reference, atoms.numbers):
+        return f"{reference.calculator} cannot do {', '.join(unknown)}"
+    if reference.calculator == ORCA and atoms.pbc.any():
+        return "ORCA knows only molecules, and the structure is periodic"
     return None
 
 
-def _works_in_a_directory(factory: Callable[..., Any]) -> bool:
-    from ase.calculators.calculator import FileIOCalculator
-    from ase.calculators.genericfileio import GenericFileIOCalculator
+def _known_elements(reference: Reference) -> set[str] | None:
+    path, arguments = reference.calculator, reference.arguments
+    if reference.elements is not None:
+        return set(reference.elements)
+    if path == "ase.calculators.emt.EMT":
+        from ase.calculators.emt import parameters
 
-    return isinstance(factory, type) and issubclass(factory, FileIOCalculator | GenericFileIOCalculator)
+        return set(parameters)
+    if path == ESPRESSO:
+        return set(arguments.get("pseudopotentials", {}))
+    if path == "ase.calculators.tersoff.Tersoff.from_lammps":
+        return elements_of_tersoff(potential_file=arguments["potential_file"])
+    if path == TERSOFF:
+        return elements_of_tersoff(**arguments)
+    if path == STILLINGER_WEBER:
+        return elements_of_stillinger_weber(**arguments)
+    if path == TEACHER:
+        from hpcft.labelling.teacher import (
+            elements_of_teacher,
+        )  # torch, and only where a model is the reference
 
-
-def _check_arguments(path: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    signature = inspect.signature(factory)
-    accepted = [
-        name
-        for name, parameter in signature.parameters.items()
-        if parameter.kind is not parameter.VAR_KEYWORD
-    ]
-    takes_any = len(accepted) < len(signature.parameters)
-    # ASE's calculators store an unknown keyword and never look at it: a misspelt setting would go unnoticed.
-    defaults = getattr(factory, "default_parameters", None)
-    if takes_any and defaults and not _works_in_a_directory(factory):
-        accepted += [*defaults, "restart", "label", "atoms", "directory"]
-        takes_any = False
-    for name in arguments:
-        if name not in accepted and not takes_any:
-            raise UserError(
-                f"{path} takes no argument {name!r}.{nearest(name, accepted)} "
-                f"It takes {', '.join(accepted) or 'no arguments'}."
-            )
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise UserError(f"The arguments of {path} do not fit: {error}.") from error
-
-
-def _espresso_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    from ase.calculators.espresso import EspressoProfile
-
-    profile = arguments.get("profile")
-    if not isinstance(profile, Mapping) or set(profile) != {"command", "pseudo_dir"}:
-        raise UserError(
-            f"{ESPRESSO} needs profile: {{command: ..., pseudo_dir: ...}} and nothing else there, "
-            f"but got {profile!r}."
-        )
-    folder = Path(profile["pseudo_dir"]).expanduser().resolve()
-    for symbol, name in arguments.get("pseudopotentials", {}).items():
-        if not (folder / name).is_file():
-            there = [path.name for path in folder.glob("*")] if folder.is_dir() else []
-            raise UserError(
-                f"The pseudopotential of {symbol}, {folder / name}, does not exist.{nearest(name, there)}"
-            )
-    # pw.x computes forces and stress only when told, and ASE does not tell it.
-    return {
-        **arguments,
-        "profile": EspressoProfile(profile["command"], folder),
-        "tprnfor": True,
-        "tstress": True,
-    }
+        return elements_of_teacher(**arguments)
+    if path == TBLITE:
+        return set(chemical_symbols[1:87])
+    return None

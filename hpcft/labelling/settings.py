@@ -12,12 +12,19 @@ import numpy as np
 from hpcft.errors import UserError
 
 ESPRESSO = "ase.calculators.espresso.Espresso"
+TBLITE = "tblite.ase.TBLite"
+GPAW = "gpaw.GPAW"
+VASP = "ase.calculators.vasp.Vasp"
+CP2K = "ase.calculators.cp2k.CP2K"
+AIMS = "ase.calculators.aims.Aims"
+ORCA = "ase.calculators.orca.ORCA"
 
 # Option -> value that makes a code return the energy of an unconverged calculation as if it were converged.
 _ACCEPTS_UNCONVERGED = {
     "scf_must_converge": False,
     "ignore_convergence_failure": True,
     "fail_on_maxiter": False,
+    "postprocess_anyway": True,
 }
 _FALSE = {"false", ".false.", "f", ".f.", "no", "off"}
 _TRUE = {"true", ".true.", "t", ".t.", "yes", "on"}
@@ -40,6 +47,19 @@ def refuse_unconverged(path: str, arguments: Any) -> None:
             raise UserError(
                 f"{key} of {path} has IGNORE_CONVERGENCE_FAILURE, which hides unconverged results; remove it."
             )
+        if key == "maximum iterations":
+            raise UserError(
+                f"convergence: {{maximum iterations: {value}}} makes {path} take whatever is there after so many iterations "
+                "for converged; write maxiter, which ends in a failure."
+            )
+        if path == VASP and (moves := _moves_atoms_of_vasp(key, value)):
+            raise UserError(f"{moves} makes {path} move the atoms, and hpcft moves them itself; remove it.")
+
+
+def _moves_atoms_of_vasp(key: str, value: Any) -> str:
+    """Structures are told by what hpcft gave to the code, so it may not go elsewhere."""
+    moves = (key.lower() == "nsw" and value != 0) or (key.lower() == "ibrion" and value != -1)
+    return f"{key} = {value!r}" if moves else ""
 
 
 def _nested_items(value: Any) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ that failed. A file is absent while it would be empty. `shard.json` lists the ke
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from hpcft.labelling.item import Kind, plain_structure
 from hpcft.labelling.journal import Entry, Listing, Record, list_journals
 from hpcft.labelling.label import EXTRA_SHAPES, Label, Relaxation
 from hpcft.storage.atomic import read_json, write_bytes, write_json
+from hpcft.storage.seal import check_seal
 from hpcft.storage.structures import read_structures, write_structures_in_blocks
 
 SHARD_FILE = "shard.json"
@@ -114,6 +115,24 @@ def read_frames(folder: Path) -> list[Record]:
     """The labels on the way of a published shard's relaxations, by item index and step."""
     keys = read_json(folder / SHARD_FILE).get("frames", [])
     return _read(folder / FRAMES_FILE, keys, _label_record)
+
+
+def read_records(folder: Path, keys: Collection[str]) -> list[Record]:
+    """What a published shard has under some keys, relaxations and frames among them; no more than that is made of its files."""
+    contents = read_json(folder / SHARD_FILE)
+    files = {"labels": LABELS_FILE, "relaxations": RELAXATIONS_FILE, "frames": FRAMES_FILE}
+    found: list[Record] = []
+    for kind, name in files.items():
+        rows = [row for row, key in enumerate(contents.get(kind, ())) if key in keys]
+        if not rows:
+            continue
+        check_seal(folder / name)
+        to_record = _relaxation_record if kind == "relaxations" else _label_record
+        found += [to_record(atoms) for atoms in read_structures(folder / name, rows)]
+    if all(record.key in keys for record in found):
+        return found
+    # A later attempt has published meanwhile: its rows are others.
+    return [record for record in (*read_shard(folder), *read_frames(folder)) if record.key in keys]
 
 
 def _read(path: Path, keys: Sequence[str], to_record: Callable[[Atoms], Record]) -> list[Record]:

@@ -1,13 +1,7 @@
 """Finding a label again that was paid for once, in whatever round or campaign.
 
-A store is a folder with one index for each folder of shards that was registered: an HDF5 file, replaced in one step, so any
-number of processes read and register without a lock.
-
-    keys (N,)     all keys of those shards, sorted: a few of them are found by reading a few kilobytes of millions
-    shard (N,)    the shard that holds each key, as a row of the two below
-    path (S,), relative_path (S,)
-
-The labels stay in their shards.
+A store is a folder with one index (`label_index`) for each folder of shards that was registered, replaced in one step, so
+any number of processes read and register without a lock. The labels stay in their shards.
 """
 
 from __future__ import annotations
@@ -15,24 +9,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hpcft.errors import UserError
 from hpcft.labelling.journal import Record
-from hpcft.labelling.shard import SHARD_FILE, read_shard
+from hpcft.labelling.label_index import Place, WantedKeys, listed, look_up, write_index
+from hpcft.labelling.shard import SHARD_FILE, read_records
 from hpcft.storage.atomic import read_json
-from hpcft.storage.hdf5 import open_file, write_file
-from hpcft.storage.tree import Array, write_array
+from hpcft.storage.tree import Array
 
 log = logging.getLogger(__name__)
-
-_KIND = "labelindex"
 
 
 class LabelStore:
@@ -58,69 +49,93 @@ class LabelStore:
         shards = sorted(path.parent for path in folder.rglob(SHARD_FILE))
         if not shards:
             return 0
-        listed = [_keys_of(shard) for shard in shards]
-        keys = np.concatenate(listed)
-        numbers = np.repeat(np.arange(len(shards)), [len(some) for some in listed])
-        order = np.argsort(keys, kind="stable")
         store = self.folder.resolve()
-        columns = {
-            "keys": keys[order],
-            "shard": numbers[order],
-            "path": np.array([str(shard) for shard in shards], dtype=object),
-            "relative_path": np.array([os.path.relpath(shard, store) for shard in shards], dtype=object),
-        }
-
-        def fill(file: Any) -> None:
-            for name, values in columns.items():
-                write_array(file, name, values)
-
+        places = [Place(str(shard), os.path.relpath(shard, store)) for shard in shards]
         self.folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
-        write_file(self.folder / f"shards-{name}.h5", _KIND, fill)
+        write_index(self.folder / f"shards-{name}.h5", [_keys_of(shard) for shard in shards], places)
         return len(shards)
 
     def find(self, keys: Iterable[str]) -> dict[str, Record]:
-        """The records of those keys that some registered shard holds.
+        """The records of those keys that some registered shard holds, frames of relaxations as labels like any other.
 
         A shard that has been moved away or damaged is passed over with a warning: its labels count as
         unknown.
         """
-        missing = set(keys)
+        missing, unreadable = set(keys), set[Path]()
         found: dict[str, Record] = {}
-        for index in self._indices():
-            for places in _shards_with(index, missing):
-                for record in self._read(places):
-                    if record.key in missing:
-                        found[record.key] = record
-                        missing.discard(record.key)
+        while missing:
+            of_shard = defaultdict(set)
+            for key, shard in self.locate(missing, unreadable).items():
+                of_shard[shard].add(key)
+            if not of_shard:
+                break
+            for shard, wanted in of_shard.items():
+                here = {record.key: replace(record, step=None) for record in self._read(shard, wanted)}
+                found |= here
+                if len(here) < len(wanted):
+                    unreadable.add(shard)
+            missing -= found.keys()
         return found
+
+    def locate(self, keys: Iterable[str], passed_over: Collection[Path] = ()) -> dict[str, Path]:
+        """The shard of each key, for those that a registered shard holds; a million keys at once take about a second.
+
+        Labels are not read: of a shard no more is looked at than whether it is still there.
+        """
+        wanted = WantedKeys(keys)
+        shards: list[Path] = []
+        shard_w = np.full(len(wanted), -1)
+        for index in self._indices() if len(wanted) else ():
+            rows_w, numbers, places = look_up(index, wanted)
+            new = np.full(max(places, default=0) + 1, -1)
+            for number, place in places.items():
+                shard = self._present(place)
+                if shard is not None and shard not in passed_over:
+                    new[number] = len(shards)
+                    shards.append(shard)
+            useful = (new[numbers] >= 0) & (shard_w[rows_w] < 0)
+            shard_w[rows_w[useful]] = new[numbers[useful]]
+        rows = np.flatnonzero(shard_w >= 0)
+        found = np.array(shards, dtype=object)[shard_w[rows]].tolist() if shards else ()
+        return dict(zip(wanted.names(rows), found, strict=True))
 
     def listed(self) -> dict[Path, set[str]]:
         """The keys of every registered shard, by the place beside the store where it is looked for first."""
         found: dict[Path, set[str]] = defaultdict(set)
         for index in self._indices():
-            with open_file(index, _KIND) as file:
-                places = [(self.folder / path).resolve() for path in file["relative_path"].asstr()[:]]
-                for key, number in zip(file["keys"][:], file["shard"][:], strict=True):
-                    found[places[number]].add(key.decode())
+            for place, keys in listed(index).items():
+                found[(self.folder / place.relative_path).resolve()] |= keys
         return dict(found)
+
+    def shards(self) -> Iterator[Path]:
+        """Every registered shard that is still there, once."""
+        seen = set[Path]()
+        for index in self._indices():
+            for place in listed(index):
+                shard = self._present(place)
+                if shard is not None and shard not in seen:
+                    seen.add(shard)
+                    yield shard
 
     def _indices(self) -> list[Path]:
         return sorted(self.folder.glob("shards-*.h5"))
 
-    def _read(self, places: Mapping[str, str]) -> list[Record]:
+    def _present(self, place: Place) -> Path | None:
         # First beside the store, where both were moved or copied together; then where it was registered.
-        candidates = [self.folder.resolve() / places["relative_path"], Path(places["path"])]
-        place = next((path for path in candidates if (path / SHARD_FILE).is_file()), None)
-        if place is None:
+        candidates = [(self.folder / place.relative_path).resolve(), Path(place.path)]
+        found = next((path for path in candidates if (path / SHARD_FILE).is_file()), None)
+        if found is None:
             log.warning(
                 "%s, which the label store %s lists, is gone; its labels count as unknown",
-                places["path"],
+                place.path,
                 self.folder,
             )
-            return []
+        return found
+
+    def _read(self, shard: Path, keys: Collection[str]) -> list[Record]:
         try:
-            return read_shard(place)
+            return read_records(shard, keys)
         except UserError as error:
             log.warning(
                 "a shard of the label store %s cannot be read, so its labels count as unknown: %s",
@@ -132,17 +147,5 @@ class LabelStore:
 
 def _keys_of(shard: Path) -> Array:
     contents = read_json(shard / SHARD_FILE)
-    return np.array([key.encode() for key in {*contents["labels"], *contents["relaxations"]}], dtype=bytes)
-
-
-def _shards_with(index: Path, keys: Iterable[str]) -> list[dict[str, str]]:
-    """Where the shards are that hold any of the keys, each once."""
-    with open_file(index, _KIND) as file:
-        sorted_keys, shard = file["keys"], file["shard"]
-        numbers: set[int] = set()
-        for key in map(str.encode, keys):
-            row = bisect_left(sorted_keys, key)
-            while row < len(sorted_keys) and sorted_keys[row] == key:
-                numbers.add(int(shard[row]))
-                row += 1
-        return [{name: file[name].asstr()[n] for name in ("path", "relative_path")} for n in sorted(numbers)]
+    keys = {*contents["labels"], *contents["relaxations"], *contents.get("frames", ())}
+    return np.array([key.encode() for key in keys], dtype=bytes)

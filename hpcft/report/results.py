@@ -24,6 +24,8 @@ class RoundResult:
     replicas_frames: int
     relaxations_unconverged: int = 0
     relaxations_refused: tuple[str, ...] = ()
+    suspect_labels: int = 0
+    """Labels so far that look wrong: left out of training and judging, unless label.quarantine is false."""
 
 
 METRICS: tuple[tuple[str, str, str], ...] = (
@@ -49,6 +51,7 @@ def read_results(folder: CampaignFolder) -> list[RoundResult]:
     rounds = int(folder.read_identity()["rounds"])
     results: list[RoundResult] = []
     training = judging = relaxations = failed = 0
+    suspect = {"label": 0, "reference": 0}
     for round_ in range(rounds + 1):
         products = {
             name: _product(folder, round_, name) for name in ("label", "probe", "reference", "evaluate")
@@ -58,6 +61,7 @@ def read_results(folder: CampaignFolder) -> list[RoundResult]:
             if product is None:
                 continue
             failed += int(product["failed"])
+            suspect[name] = len(product.get("suspects", ()))  # each product lists those of all rounds so far
             relaxations += int(product["relaxations"])
             frames = int(product["frames_done"]) + int(product.get("relaxation_frames", 0))
             training, judging = (
@@ -71,6 +75,7 @@ def read_results(folder: CampaignFolder) -> list[RoundResult]:
                 round_, evaluation["metrics"], training, judging, relaxations, failed,
                 len(probe["stopped"]), int(probe["frames"]),
                 int(evaluation.get("relaxations_unconverged", 0)), tuple(evaluation.get("relaxations_refused", ())),
+                sum(suspect.values()),
             )
         )  # fmt: skip
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.table import Table
 
@@ -52,6 +53,17 @@ def relaxations_table(results: Sequence[RoundResult], confidence: float) -> Tabl
             *(shown(row.metrics.get(name), digits) for name, _, _, digits in columns),
         )
     return table
+
+
+def label_notes(results: Sequence[RoundResult], folder: Path) -> list[str]:
+    """What the counts of labels do not say: how many of them look wrong."""
+    count = results[-1].suspect_labels if results else 0
+    if not count:
+        return []
+    return [
+        f'{count} label{"s" * (count != 1)} so far look{"s" * (count == 1)} wrong: listed under "suspects" in product.json of '
+        f"{folder}/round-*/label and reference, and kept from training and judging unless label.quarantine is false"
+    ]
 
 
 def relaxation_notes(results: Sequence[RoundResult]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +16,7 @@ from hpcft.labelling.label import EXTRA_SHAPES, Label, Relaxation
 from hpcft.labelling.shard import FAILURES_FILE, SHARD_FILE, read_frames, read_shard
 from hpcft.stages.context import StageContext
 from hpcft.stages.labels import labelled
+from hpcft.stages.quarantine import find_suspects
 from hpcft.stages.sharing import work_of
 from hpcft.storage.atomic import publish, read_json, temporary_beside, write_json
 from hpcft.storage.extxyz import extxyz_frame
@@ -23,6 +24,8 @@ from hpcft.storage.structures import count_structures, read_structures, read_tex
 
 LABELS, RELAXED, FRAMES, FAILED = "labels.extxyz", "relaxed.extxyz", "frames.extxyz", "failed.extxyz"
 _LONGEST_MESSAGE = 500
+_Place = tuple[int, int, int | None]
+"""Task, item and step of a label."""
 _Placed = tuple[tuple[int, int], Atoms]
 """A structure behind what it is sorted by: its number in the input, and a step."""
 
@@ -31,20 +34,30 @@ def export(context: StageContext) -> None:
     """Write what is there so far, in the order of the input, and what of it has failed for what cause; may be repeated."""
     root, structures = context.folder.root, context.folder.inputs / "structures.h5"
     texts = read_texts(structures)
-    num_done = _write_in_order(root / LABELS, _done(context, "frames", texts, read_shard))
-    num_done += _write_in_order(root / RELAXED, _done(context, "relaxations", texts, read_shard))
-    _write_in_order(root / FRAMES, _done(context, "relaxations", texts, read_frames))
+    suspects = _suspects(context)
+    num_done = _write_in_order(root / LABELS, _done(context, "frames", texts, suspects, read_shard))
+    num_done += _write_in_order(root / RELAXED, _done(context, "relaxations", texts, suspects, read_shard))
+    _write_in_order(root / FRAMES, _done(context, "relaxations", texts, suspects, read_frames))
     failures = dict(sorted(_failures(context).items()))
     _write_failed(root / FAILED, structures, failures)
     causes = Counter(cause for cause, _ in failures.values())
-    counts = {"structures": count_structures(structures), "done": num_done, "failed": causes}
+    counts = {
+        "structures": count_structures(structures),
+        "done": num_done,
+        "failed": causes,
+        "suspects": len(suspects),
+    }
     write_json(context.folder.exported, counts)
 
 
 def _done(
-    context: StageContext, kind: str, texts: list[dict[str, str]], read: Callable[[Path], list[Record]]
+    context: StageContext,
+    kind: str,
+    texts: list[dict[str, str]],
+    suspects: Mapping[_Place, str],
+    read: Callable[[Path], list[Record]],
 ) -> Iterator[_Placed]:
-    """What is done of one kind of work, shard by shard."""
+    """What is done of one kind of work, shard by shard; labels that look wrong say why."""
     for task, payload in enumerate(context.plan()):
         folder = context.task_folder(task)
         if not payload[kind] or not (folder / SHARD_FILE).exists():
@@ -55,7 +68,16 @@ def _done(
             atoms = _relaxed(record.result) if isinstance(record.result, Relaxation) else _labelled(record)
             steps = {} if record.step is None else {"step": record.step}
             atoms.info = {**texts[number], **atoms.info, "index": number, **steps}
+            if reason := suspects.get((task, record.index, record.step)):
+                atoms.info["suspect"] = reason
             yield (number, step), atoms
+
+
+def _suspects(context: StageContext) -> dict[_Place, str]:
+    """What is wrong with labels that look so, unless label.quarantine releases them."""
+    if not context.settings.label.quarantine:
+        return {}
+    return {(s["task"], s["item"], s["step"]): str(s["reason"]) for s in find_suspects(context)}
 
 
 def _labelled(record: Record) -> Atoms:

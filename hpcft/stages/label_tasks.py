@@ -11,10 +11,11 @@ from ase import Atoms
 
 from hpcft.config.campaign import Campaign, Relaxations
 from hpcft.config.label_run import Relaxation
+from hpcft.config.settings import Settings
 from hpcft.errors import CampaignStopped
 from hpcft.labelling.causes import Failure
 from hpcft.labelling.item import Item, StoredItems, item_key
-from hpcft.labelling.journal import read_journals
+from hpcft.labelling.journal import Record, read_journals
 from hpcft.labelling.label import Label
 from hpcft.labelling.presets import launcher
 from hpcft.labelling.reference import Reference, reference_from
@@ -22,9 +23,10 @@ from hpcft.labelling.shard import SHARD_FILE, finish_shard
 from hpcft.labelling.store import LabelStore
 from hpcft.labelling.worker import label_items
 from hpcft.stages.context import StageContext, TaskContext
+from hpcft.stages.quarantine import find_suspects
 from hpcft.stages.sharing import kinds_of, numbers_of
 from hpcft.storage.atomic import read_json
-from hpcft.storage.campaign_folder import RETRY_FAILURES
+from hpcft.storage.campaign_folder import RETRY_FAILURES, CampaignFolder
 
 
 def reference_of(context: StageContext) -> Reference:
@@ -54,14 +56,14 @@ def relaxation_items(
 def run_shard(task: TaskContext, frames: Sequence[Item], relaxations: Sequence[Item] = ()) -> dict[str, Any]:
     """Label what is still missing of one shard: its frames and relaxations, each in the order of the payload's numbers.
 
-    A label found in this campaign's earlier rounds is not paid for again.
+    A label found in this campaign's earlier rounds, or in the store that it shares with others, is not paid for again.
     """
     context = task.context
     of_kind = {"frames": frames, "relaxations": relaxations}
     parts = [of_kind[kind] for kind in kinds_of(task.payload) if of_kind[kind]]
     items = parts[0] if len(parts) == 1 else [item for part in parts for item in part]
     reference = reference_of(context)
-    known = LabelStore(context.folder.labels).find([item_key(item, reference) for item in items])
+    known = _known(context, [item_key(item, reference) for item in items])
     start = time.monotonic()
     retry = task.path / RETRY_FAILURES
     causes = {*(read_json(retry)["causes"] if retry.exists() else ()), "interrupted"}
@@ -75,7 +77,7 @@ def run_shard(task: TaskContext, frames: Sequence[Item], relaxations: Sequence[I
         retry_causes=causes,
     )
     task.ensure_owned()
-    finish_shard(task.path, {"campaign": context.settings.name, "reference": reference.calculator})
+    finish_shard(task.path, _provenance(context))
     retry.unlink(missing_ok=True)
     published = read_json(task.path / SHARD_FILE)
     return {
@@ -89,6 +91,23 @@ def run_shard(task: TaskContext, frames: Sequence[Item], relaxations: Sequence[I
     }
 
 
+def stores_of(folder: CampaignFolder, settings: Settings) -> list[LabelStore]:
+    """Where labels are looked up and registered: first the folder's own store, then the one that it shares."""
+    shared = settings.label.store
+    return [LabelStore(folder.labels), *([] if shared is None else [LabelStore(shared)])]
+
+
+def _known(context: StageContext, keys: Sequence[str]) -> dict[str, Record]:
+    found: dict[str, Record] = {}
+    for store in stores_of(context.folder, context.settings):
+        found |= store.find(set(keys) - found.keys())
+    return found
+
+
+def _provenance(context: StageContext) -> dict[str, Any]:
+    return reference_of(context).provenance() | {"campaign": context.settings.name}
+
+
 def collect_shards(context: StageContext) -> dict[str, Any]:
     """Counts over all shards; stops the campaign when more than the tolerated share failed.
 
@@ -96,7 +115,7 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
     registered here, at once: a task that had to look through what the others register would read 10,000 files.
     """
     results = [*context.results(), *_salvage(context)]
-    LabelStore(context.folder.labels).register_below(context.here.path)
+    _register(context)
     causes: dict[str, int] = {}
     for result in results:
         for cause, count in result["causes"].items():
@@ -125,7 +144,22 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
         "relaxations": relaxations,
         "frames_done": frames,
         **learnt,
+        "suspects": find_suspects(context),
     }
+
+
+def _register(context: StageContext) -> None:
+    own, *shared = stores_of(context.folder, context.settings)
+    own.register_below(context.here.path)
+    for store in shared:
+        try:
+            store.register_below(context.here.path)
+        except OSError as error:
+            raise CampaignStopped(
+                f"the labels of round {context.round}, stage {context.stage} are safe in the campaign, but cannot be registered "
+                f"in label.store = {store.folder} ({error.strerror}). Make that folder writable and `hpcft resume`, or leave "
+                "label.store out and `hpcft run`."
+            ) from error
 
 
 def _salvage(context: StageContext) -> list[dict[str, Any]]:
@@ -138,7 +172,7 @@ def _salvage(context: StageContext) -> list[dict[str, Any]]:
         records = read_journals(where.path) if where.path.exists() else {}
         done = [r.result for r in records.values() if not isinstance(r.result, Failure)]
         if done:
-            finish_shard(where.path, {"campaign": context.settings.name})
+            finish_shard(where.path, _provenance(context))
         frames = sum(isinstance(result, Label) for result in done)
         failed = items - len(done)
         found.append(

@@ -10,29 +10,38 @@ from hpcft.labelling.journal import Record
 from hpcft.labelling.label import Label, Relaxation
 from hpcft.labelling.shard import SHARD_FILE, read_frames, read_shard
 from hpcft.stages.context import StageContext
+from hpcft.stages.quarantine import quarantined
 from hpcft.stages.sharing import work_of
 
 
 def _records(context: StageContext, stage: str, round_: int) -> Iterator[tuple[str, int, Record]]:
-    """(kind, number within that kind, record) of everything a label stage has finished, tasks set aside included."""
+    """(kind, number within that kind, record) of everything a label stage has finished, tasks set aside included.
+
+    Labels in quarantine are left out.
+    """
     where = context.folder.stage(round_, stage)
+    left_out = quarantined(context, stage, round_)
     for index, payload in enumerate(context.plan(stage, round_)):
         task = where.task(index)
         if not (task.path / SHARD_FILE).exists():  # set aside before it had a single label
             continue
         work = work_of(payload)
         for record in read_shard(task.path):
-            yield *work[record.index], record
+            if (index, record.index, None) not in left_out:
+                yield *work[record.index], record
 
 
 def relaxation_frames(context: StageContext) -> list[Atoms]:
     """The labelled structures on the way of the training relaxations, which the reference has done in round 1."""
     found = []
     where = context.folder.stage(1, "label")
+    left_out = quarantined(context, "label", 1)
     for index, payload in enumerate(context.plan("label", 1)):
         work = work_of(payload)
         folder = where.task(index).path
         for record in read_frames(folder) if (folder / SHARD_FILE).exists() else ():
+            if (index, record.index, record.step) in left_out:
+                continue
             atoms = labelled(record)
             atoms.info["origin"] = f"step {record.step} of relaxation {work[record.index][1]}"
             found.append(atoms)
@@ -51,7 +60,9 @@ def labelled(record: Record) -> Atoms:
 
 
 def label_outcomes(context: StageContext, stage: str, round_: int | None = None) -> dict[int, Atoms]:
-    """The labelled structures (REF_energy, REF_forces, REF_stress) by their number; failed ones are missing."""
+    """The labelled structures (REF_energy, REF_forces, REF_stress) by their number; failed ones, and suspect ones unless
+    label.quarantine releases them, are missing.
+    """
     found = {}
     for kind, number, record in _records(context, stage, context.round if round_ is None else round_):
         if kind == "frames" and isinstance(record.result, Label):

@@ -43,6 +43,7 @@ __all__ = [
     "count_structures",
     "evenly_spread",
     "read_any",
+    "read_columns",
     "read_outline",
     "read_provenance",
     "read_structures",
@@ -251,6 +252,17 @@ def count_structures(path: Path) -> int:
     """Number of structures in a file of `write_structures`."""
     with open_file(path, "structures") as file:
         return len(file["offsets"]) - 1
+
+
+def read_columns(path: Path, names: Sequence[str]) -> list[Array]:
+    """Datasets of a file of `write_structures` as they are, such as `info/REF_energy` and `numbers`: no structure is made."""
+    with open_file(path, "structures", verify=True) as file:
+        columns = []
+        for name in names:
+            group, _, key = name.rpartition("/")
+            dataset = (file[group] if group else file)[encode_name(key)]
+            columns.append(dataset.asstr()[:].astype(str) if holds_text(dataset) else dataset[:])
+        return columns
 
 
 def read_provenance(path: Path) -> dict[str, Any]:

@@ -12,11 +12,17 @@ from ase.calculators.calculator import Calculator
 from ase.data import atomic_numbers, covalent_radii
 
 PROTOTYPES = ("fcc", "L1_0", "L1_2")
+"""Close-packed ones, of metals."""
 
 
 def crystals(elements: Sequence[str], prototypes: Sequence[str]) -> Iterator[tuple[str, Atoms]]:
-    """Each crystal once, as a name and its cubic cell of four atoms at a rough lattice constant."""
+    """Each crystal once, as a name and its cubic cell (diamond 8 atoms, all others 4) at a rough lattice constant."""
     for prototype in prototypes:
+        if prototype == "diamond":
+            for symbol in elements:
+                bond = 2 * covalent_radii[atomic_numbers[symbol]]
+                yield f"diamond-{symbol}8", bulk(symbol, "diamond", a=4 / np.sqrt(3) * bond, cubic=True)
+            continue
         if prototype == "fcc":
             occupations = [(a, a, a, a) for a in elements]
         elif prototype == "L1_0":

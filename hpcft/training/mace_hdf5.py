@@ -19,9 +19,9 @@ import numpy as np
 from ase import Atoms
 
 from hpcft.errors import UserError
+from hpcft.labelling.labelled_frame import Frame
 from hpcft.storage.hdf5 import open_file
 from hpcft.storage.lazy_hdf5 import LazyFile
-from hpcft.training.labelled_frame import Frame
 
 _BATCH, _CONFIG = "config_batch_", "config_"
 _LABELS = ("energy", "forces", "stress", "virials")

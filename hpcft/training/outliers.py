@@ -1,6 +1,6 @@
 """Labels that would spoil a training: forces that are too large, energies that cannot belong to their data set.
 
-Shape suffixes: s structures, p (structure, element) pairs, k elements.
+Shape suffixes: s structures, k elements.
 """
 
 from __future__ import annotations
@@ -14,17 +14,14 @@ from ase import Atoms
 from numpy.typing import NDArray
 
 from hpcft.errors import UserError
-from hpcft.training.labelled_frame import is_isolated_atom
-from hpcft.training.sanity import ABSURD_FORCE
+from hpcft.labelling.energy_fit import energy_deviations, spread_of
+from hpcft.labelling.labelled_frame import is_isolated_atom
+from hpcft.labelling.sanity import ABSURD_FORCE
 
 Array = NDArray[np.float64]
 
 # An energy is judged by what is usual in its own file: a file of dimers or of two codes varies a lot.
 _SPREADS = 50.0
-_MAD_TO_SIGMA = 1.4826
-_MOST_FITS = 30
-_FIT_ROUNDING = 1e-3  # eV/atom: below it a residual counts no more than this in the next fit
-_CHUNK = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -125,41 +122,15 @@ class LabelColumns:
         return sorted(found, key=lambda outlier: outlier.index)
 
     def _energy_deviations(self, chosen_s: NDArray[np.int64], max_energy: float) -> tuple[Array, float]:
-        """Residuals [s] (eV/atom) of a fit of energies per element, and the limit for them.
-
-        Least absolute residuals by reweighted least squares, so that an outlier does not draw the fit to itself; a clean
-        data set needs one fit.
-        """
+        """Residuals [s] (eV/atom) of a fit of energies per element, and the limit for them."""
         if not len(chosen_s):
             return np.empty(0), max_energy
         energies_s = np.array(self._energies)[chosen_s] / np.array(self._sizes)[chosen_s]
-        weights_s = np.ones(len(chosen_s))
-        for _ in range(_MOST_FITS):
-            deviations_s = self._residuals(chosen_s, energies_s, weights_s)
-            spread = _MAD_TO_SIGMA * float(np.median(np.abs(deviations_s - np.median(deviations_s))))
-            limit = max(max_energy, _SPREADS * spread)
-            if np.abs(deviations_s).max() <= max_energy:
-                break
-            weights_s = 1.0 / np.maximum(np.abs(deviations_s), _FIT_ROUNDING)
-        return deviations_s, limit
-
-    def _residuals(self, chosen_s: NDArray[np.int64], energies_s: Array, weights_s: Array) -> Array:
         num_elements = int(max(self._elements)) + 1
-        normal_kk, right_k = np.zeros((num_elements, num_elements)), np.zeros(num_elements)
-        starts = range(0, len(chosen_s), _CHUNK)
-        for start in starts:
-            rows = slice(start, start + _CHUNK)
-            shares_sk = self._shares(chosen_s[rows], num_elements)
-            weighted_ks = shares_sk.T * weights_s[rows]
-            normal_kk += weighted_ks @ shares_sk
-            right_k += weighted_ks @ energies_s[rows]
-        # The smallest solution where the compositions leave it open, as in a file of one compound.
-        per_element_k = np.linalg.lstsq(normal_kk, right_k, rcond=None)[0]
-        fitted = [
-            self._shares(chosen_s[start : start + _CHUNK], num_elements) @ per_element_k for start in starts
-        ]
-        residuals_s: Array = energies_s - np.concatenate(fitted)
-        return residuals_s
+        deviations_s = energy_deviations(
+            energies_s, lambda rows: self._shares(chosen_s[rows], num_elements), max_energy
+        )
+        return deviations_s, max(max_energy, _SPREADS * spread_of(deviations_s))
 
     def _shares(self, chosen_s: NDArray[np.int64], num_elements: int) -> Array:
         """Which share of each structure's atoms is of which element: [s, k]."""

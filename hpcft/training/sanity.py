@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from ase import Atoms
 
+from hpcft.labelling.sanity import ABSURD_FORCE
 from hpcft.training.data import LabelledSet
 
-# No potential and no reference has such forces, and no batch such an error of them (root mean square). In eV/Å.
-ABSURD_FORCE = 1e3
 _SHOWN = 5
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,27 +11,23 @@ import numpy as np
 from ase import Atoms
 
 from hpcft.errors import UserError
+from hpcft.labelling.labelled_frame import (
+    STRESS_WEIGHT,
+    VIRIALS_KEY,
+    VIRIALS_WEIGHT,
+    WEIGHTS,
+    Frame,
+    LabelKeys,
+    calculator_results,
+    frame_of,
+)
 from hpcft.labelling.shard import LABELS_FILE, SHARD_FILE
 from hpcft.storage.atomic import read_json
 from hpcft.storage.hdf5 import kind_of
 from hpcft.storage.structures import StructureFile, read_any
-from hpcft.training.labelled_frame import STRESS_WEIGHT, VIRIALS_WEIGHT, WEIGHTS, Frame
 from hpcft.training.mace_hdf5 import MaceFile, is_hdf5
 
-# Where MACE and everybody who trains it put virials; there is no option for it.
-VIRIALS_KEY = "REF_virials"
-# What ASE moves from a file into a calculator, and what its readers of other codes' output put there.
-_OF_CALCULATORS = ("energy", "free_energy", "forces", "stress")
 _CHUNK_ATOMS = 20_000
-
-
-@dataclass(frozen=True)
-class LabelKeys:
-    """The names of the labels in a file; `energy`, `free_energy`, `forces`, `stress` stand for a calculator's results."""
-
-    energy: str = "REF_energy"
-    forces: str = "REF_forces"
-    stress: str = "REF_stress"
 
 
 class SourceFile(Protocol):
@@ -104,7 +100,7 @@ class AseFile:
     def __init__(self, path: Path, keys: LabelKeys) -> None:
         self.path = path
         structures = read_any(path)
-        self._frames = [replace(_frame_of(atoms, keys), structure=_bare(atoms)) for atoms in structures]
+        self._frames = [replace(frame_of(atoms, keys), structure=_bare(atoms)) for atoms in structures]
         has_energy = any(frame.energy is not None for frame in self._frames)
         has_forces = any(frame.forces is not None for frame in self._frames)
         if not (has_energy and has_forces):
@@ -114,7 +110,7 @@ class AseFile:
                 (has_energy, has_forces),
                 info={key for atoms in structures for key in atoms.info},
                 arrays={key for atoms in structures for key in atoms.arrays} - {"numbers", "positions"},
-                results={key for atoms in structures for key in _results(atoms)},
+                results={key for atoms in structures for key in calculator_results(atoms)},
             )
 
     def __len__(self) -> int:
@@ -153,10 +149,10 @@ class HpcftFile:
     def frames(self) -> Iterator[Frame]:
         for start, stop in self._pieces():
             for atoms in self._file.read(start, stop, self._read):
-                yield _frame_of(atoms, self._keys)
+                yield frame_of(atoms, self._keys)
 
     def frame(self, index: int) -> Frame:
-        return _frame_of(self._file.read(index, index + 1, self._read)[0], self._keys)
+        return frame_of(self._file.read(index, index + 1, self._read)[0], self._keys)
 
     def values_of(self, key: str) -> set[Any]:
         """What stands under an info key, over all structures."""
@@ -172,30 +168,9 @@ class HpcftFile:
             start, done = stop, int(ends[stop - 1])
 
 
-def _frame_of(atoms: Atoms, keys: LabelKeys) -> Frame:
-    results = _results(atoms)
-    info = {**results, **atoms.info}
-    weights = (*WEIGHTS, STRESS_WEIGHT, VIRIALS_WEIGHT)
-    return Frame(
-        structure=atoms,
-        energy=info.get(keys.energy),
-        forces=atoms.arrays.get(keys.forces, results.get(keys.forces)),
-        stress=info.get(keys.stress),
-        virials=info.get(VIRIALS_KEY),
-        weights={name: atoms.info[name] for name in weights if name in atoms.info},
-        config_type=str(atoms.info.get("config_type", "")),
-    )
-
-
 def _bare(atoms: Atoms) -> Atoms:
     """Without all else that a file may hold, which would stay in memory."""
     return Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-
-
-def _results(atoms: Atoms) -> Mapping[str, Any]:
-    """Stored results, raw: ASE's get_forces would zero those of fixed atoms."""
-    results = {} if atoms.calc is None else atoms.calc.results
-    return {name: results[name] for name in _OF_CALCULATORS if results.get(name) is not None}
 
 
 def _no_labels(

@@ -19,9 +19,9 @@ from ase import Atoms
 from numpy.typing import NDArray
 
 from hpcft.errors import LabelError, UserError
-from hpcft.training.labelled_frame import labelled_atoms
+from hpcft.labelling.labelled_frame import LabelKeys, labelled_atoms
 from hpcft.training.outliers import LabelColumns, Outlier, OutlierPolicy
-from hpcft.training.source_files import LabelKeys, SourceFile, find_files
+from hpcft.training.source_files import SourceFile, find_files
 
 __all__ = ["LabelledSource", "OutlierPolicy", "open_labelled"]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcft.errors import UserError
+from hpcft.labelling.sanity import ABSURD_FORCE
 from hpcft.models.graph import build_graph
 from hpcft.models.protocol import Potential, as_module, device_of, dtype_of
 from hpcft.relaxation import check_pair, require_twice_differentiable
@@ -28,7 +29,7 @@ from hpcft.training.loss import Objective
 from hpcft.training.measure import errors_of
 from hpcft.training.optimiser import MovingAverage, learning_rate, parameter_groups
 from hpcft.training.rank import Rank
-from hpcft.training.sanity import ABSURD_FORCE, NotFinite, what_to_do
+from hpcft.training.sanity import NotFinite, what_to_do
 from hpcft.training.scaffold import Scaffold
 from hpcft.training.settings import BpttSettings, Lora, ReplaySettings, TrainingData, TrainingSettings
 

@@ -1,4 +1,4 @@
-"""Quantum ESPRESSO and GPAW in two shards at once, of which one is killed: every label that physics allows, each paid for once."""
+"""Quantum ESPRESSO and GPAW in two shards at once, of which one is killed: all labels that physics allows, each paid for once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from hpcft.labelling.item import Item
 from hpcft.labelling.journal import Record, journal_path, read_journals
 from hpcft.labelling.label import Label
 from hpcft.labelling.reference import Reference
-from hpcft.labelling.worker import label_items
 
 PSEUDO_DIR = Path("/usr/share/espresso/pseudo")
 SETTINGS = {"ecutwfc": 16, "conv_thr": 1e-8, "electron_maxstep": 30}
@@ -39,10 +38,11 @@ SHARD = """
 import sys
 from pathlib import Path
 import test_real_dft as test
+from hpcft.labelling.worker import label_items
 
 folder, attempt, workers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 items, reference = getattr(test, sys.argv[4])(folder)
-test.label_items(items, reference, folder, attempt=attempt, workers=workers, scratch=folder / "scratch")
+label_items(items, reference, folder, attempt=attempt, workers=workers, scratch=folder / "scratch")
 """
 
 

@@ -288,3 +288,18 @@ def test_a_calculation_that_may_take_longer_than_its_task_is_a_warning(inputs: P
     (problem,) = preflight.machine_problems(default_site(), campaign.model_copy(update={"reference": slow}))
     assert (problem.severity, problem.key) == ("warning", "reference.time_limit_s")
     assert preflight.machine_problems(default_site(), campaign) == []
+
+
+def test_a_shared_store_where_nothing_can_be_written_is_found_before_anything_is_submitted(
+    inputs: Path,
+) -> None:
+    campaign = load_campaign(inputs / "tiny.yaml")
+
+    def with_store(path: Path) -> list[str]:
+        label = campaign.label.model_copy(update={"store": path})
+        found = preflight.machine_problems(default_site(), campaign.model_copy(update={"label": label}))
+        return [problem.key for problem in found]
+
+    (inputs / "file").touch()
+    assert with_store(inputs / "file" / "labels") == ["label.store"]
+    assert with_store(inputs / "not" / "made" / "yet") == []

@@ -520,3 +520,16 @@ def test_the_configuration_imports_nothing_heavy() -> None:
     ).stdout.split()
     assert "hpcft.config.campaign" in loaded
     assert not {"ase", "h5py", "mace", "numpy", "torch"} & set(loaded)
+
+
+def test_a_shared_store_need_not_exist_lies_beside_the_campaign_file_and_decides_nothing(file: Path) -> None:
+    alone = load_campaign(file)
+    file.write_text(VALID.replace("label:\n", "label:\n  store: ../labels\n  quarantine: false\n"))
+    sharing = load_campaign(file)
+    assert sharing.label.store == file.parent.parent.resolve() / "labels"
+    assert sharing.files() == alone.files()
+    assert sharing.fingerprint() == alone.fingerprint()
+    (file.parent / "labels.h5").touch()
+    file.write_text(VALID.replace("label:\n", "label:\n  store: labels.h5\n"))
+    with pytest.raises(UserError, match=r"label\.store: .*labels\.h5 is a file; name a folder"):
+        load_campaign(file)

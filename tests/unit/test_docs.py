@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from ase.build import bulk
 
-from hpcft.config.campaign import Reference
 from hpcft.config.label_run import ReferenceFile
+from hpcft.config.reference import SHORT_NAMES, Reference
 from hpcft.config.site import Site
 from hpcft.config.training import Train, TrainingRun
+from hpcft.labelling.presets import PRESETS
+from hpcft.labelling.requirements import lacks
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,11 +43,33 @@ def test_the_examples_of_sites_are_valid_sites() -> None:
 
 
 def test_the_examples_of_a_campaign_s_sections_are_valid() -> None:
-    training, reference = yaml_examples("campaigns.md")
+    (training,) = yaml_examples("campaigns.md")
     (recommended,) = yaml_examples("relaxation.md")
     for example in (training, recommended):
         Train.model_validate(example["train"])
-    Reference.model_validate(reference["reference"])
+
+
+@pytest.mark.parametrize(
+    "example", yaml_examples("labelling.md"), ids=lambda example: example["reference"]["calculator"]
+)
+def test_the_examples_of_references_take_every_setting_that_they_name(
+    example: dict[str, dict[str, Any]],
+) -> None:
+    settings = Reference.model_validate(example["reference"])
+    wanted = (
+        PRESETS[settings.calculator].calculator if settings.calculator in PRESETS else settings.calculator
+    )
+    if importlib.util.find_spec(wanted.split(".")[0]) is None:
+        pytest.skip(f"{wanted} is not installed")
+    problems = [lack.what for lack in lacks(settings, (), "mpi-here 4") if lack.key == "arguments"]
+    # The files of an example are nowhere: that is all that may be wrong with it.
+    assert [what for what in problems if "/path/to" not in what and "does not exist" not in what] == []
+
+
+def test_every_short_name_has_an_example() -> None:
+    assert set(SHORT_NAMES) <= {
+        example["reference"]["calculator"] for example in yaml_examples("labelling.md")
+    }
 
 
 def test_the_example_of_a_reference_without_a_campaign_is_valid() -> None:

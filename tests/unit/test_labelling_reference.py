@@ -144,7 +144,11 @@ def test_espresso_gets_its_profile_its_folder_and_the_order_to_compute_forces_an
     calculator = build_calculator(espresso(), Path("anywhere"))
     assert (calculator.profile.command, calculator.profile.pseudo_dir) == ("pw.x", "/pseudo")
     assert calculator.directory == Path("anywhere")
-    assert calculator.parameters["tprnfor"] is calculator.parameters["tstress"] is True
+    assert (
+        calculator.parameters["input_data"]["tprnfor"]
+        is calculator.parameters["input_data"]["tstress"]
+        is True
+    )
 
 
 @pytest.mark.parametrize(

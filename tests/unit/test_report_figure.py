@@ -16,7 +16,7 @@ from rich.console import Console
 
 from hpcft.report.figure import write_figure
 from hpcft.report.results import METRICS, RoundResult, shown
-from hpcft.report.table import relaxation_notes, relaxations_table, results_table
+from hpcft.report.table import label_notes, relaxation_notes, relaxations_table, results_table
 
 NAN = float("nan")
 FULL = {
@@ -134,3 +134,11 @@ def test_relaxations_that_did_not_converge_and_refused_targets_are_told() -> Non
     first, last = relaxation_notes(rows)
     assert first.startswith("the foundation: 3 of its relaxations did not converge")
     assert last == "round 2: 2 without a target: relaxation 4: ambiguous"
+
+
+def test_the_number_of_labels_that_look_wrong_is_said_with_the_place_of_their_list() -> None:
+    rows = [result(0, {}, 0), replace(result(1, {}, 0), suspect_labels=3)]
+    [note] = label_notes(rows, Path("runs/x"))
+    assert note.startswith("3 labels so far look wrong")
+    assert "runs/x/round-*/label" in note
+    assert label_notes(rows[:1], Path("runs/x")) == []

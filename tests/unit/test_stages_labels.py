@@ -20,13 +20,13 @@ from hpcft.labelling.journal import Journal, Record, journal_path
 from hpcft.labelling.label import Label
 from hpcft.labelling.shard import finish_shard
 from hpcft.labelling.store import LabelStore
-from hpcft.stages import label as label_stage
 from hpcft.stages.context import StageContext, TaskContext
+from hpcft.stages.label import plan
 from hpcft.stages.label_plan import seen_so_far, shards
 from hpcft.stages.label_tasks import collect_shards, reference_of, run_shard
-from hpcft.stages.labels import label_outcomes
+from hpcft.stages.labels import label_outcomes, training_labels
 from hpcft.stages.sharing import work_of
-from hpcft.storage.atomic import write_json
+from hpcft.storage.atomic import read_json, write_json
 from hpcft.storage.campaign_folder import CampaignFolder
 from hpcft.storage.structures import read_structures, write_structures
 from hpcft.training.rank import Rank
@@ -87,6 +87,7 @@ def test_the_counts_of_all_shards_add_up(folder: CampaignFolder) -> None:
         "frames_done": 3,
         "relaxations": 3,
         "causes": {"scf": 1, "crash": 1},
+        "suspects": [],
     }
     assert collect_shards(here) == expected
     assert collect_shards(here) == expected
@@ -240,9 +241,129 @@ def test_shards_are_packed_by_what_earlier_rounds_have_taken(folder: CampaignFol
     selected.mkdir(parents=True)
     write_structures(selected / "selected.h5", cells)
     here = context(folder, 1, "label")
-    assert [len(work_of(task)) for task in label_stage.plan(here)] == [11, 20]
+    assert [len(work_of(task)) for task in plan(here)] == [11, 20]
     finished_calculations(folder, lambda num_atoms: 0.01 * num_atoms**2)
-    assert [len(work_of(task)) for task in label_stage.plan(here)] == [1, 30]
-    assert label_stage.plan(here) == label_stage.plan(here)
+    assert [len(work_of(task)) for task in plan(here)] == [1, 30]
+    assert plan(here) == plan(here)
     model = cost_model(reference_of(here), seen_so_far(folder, reference_of(here)))
     assert model.single_points(np.array([4, 40]), np.array([1, 1])) == pytest.approx([0.16, 16.0])
+
+
+def campaign_folder(root: Path) -> CampaignFolder:
+    folder = CampaignFolder(root)
+    folder.inputs.mkdir(parents=True)
+    write_json(folder.identity, {"name": root.name, "rounds": 2, "foundation_file": "foundation.model"})
+    return folder
+
+
+def label_stage(folder: CampaignFolder, frames: list[Atoms], **changes: Any) -> StageContext:
+    """Round 1's label stage in one task, labelled and collected."""
+    here = context(folder, 1, "label", **changes)
+    here.here.path.mkdir(parents=True)
+    [payload] = shards(np.ones(len(frames)), np.zeros(0), 1)
+    write_json(here.here.plan, {"tasks": [payload]})
+    result = label(here, 0, frames, payload)
+    here.here.outcomes.mkdir()
+    write_json(here.here.task(0).result, result)
+    write_json(here.here.product, {**collect_shards(here), "tasks": 1})
+    return here
+
+
+def test_what_one_campaign_has_paid_for_another_that_shares_its_store_takes_over_and_keeps(
+    tmp_path: Path,
+) -> None:
+    first, second = campaign_folder(tmp_path / "first"), campaign_folder(tmp_path / "second")
+    sharing = {"label": {"store": str(tmp_path / "shared")}}
+    frames = [copper(1), copper(2)]
+    paid = label_stage(first, frames, **sharing)
+    taken = label_stage(second, frames, **sharing)
+    [before, after] = [read_structures(c.here.task(0).path / "labels.h5") for c in (paid, taken)]
+    assert [bool(atoms.info["found"]) for atoms in before] == [False, False]
+    assert [bool(atoms.info["found"]) for atoms in after] == [True, True]
+    assert [atoms.info["REF_energy"] for atoms in after] == [atoms.info["REF_energy"] for atoms in before]
+
+    first.root.rename(tmp_path / "gone")
+    keys = [item_key(Item.single_point(frame), reference_of(taken)) for frame in frames]
+    assert set(LabelStore(second.labels).find(keys)) == set(keys), "the second campaign stands alone"
+    assert set(LabelStore(tmp_path / "shared").find(keys)) == set(keys), "and others find it there"
+
+
+def test_campaigns_that_share_no_store_or_no_reference_pay_each_for_their_own_labels(tmp_path: Path) -> None:
+    frames = [copper(1)]
+    sharing = {"label": {"store": str(tmp_path / "shared")}}
+    label_stage(campaign_folder(tmp_path / "first"), frames, **sharing)
+    other = {"reference": {"calculator": "ase.calculators.emt.EMT", "arguments": {"asap_cutoff": True}}}
+    for name, changes in (("alone", {}), ("other", {**sharing, **other})):
+        here = label_stage(campaign_folder(tmp_path / name), frames, **changes)
+        [labelled] = read_structures(here.here.task(0).path / "labels.h5")
+        assert not labelled.info["found"], name
+
+
+def spoil(here: StageContext, item: int, error: float) -> str:
+    """Change one published energy of task 0, as a calculation that went wrong without a word would; returns its key."""
+    path = here.here.task(0).path / "labels.h5"
+    labels = read_structures(path)
+    labels[item].info["REF_energy"] += error
+    write_structures(path, labels)
+    return str(labels[item].info["key"])
+
+
+def collected(here: StageContext) -> StageContext:
+    write_json(here.here.product, {**collect_shards(here), "tasks": 1})
+    return here
+
+
+def test_a_label_with_a_wrong_energy_is_quarantined_until_the_user_releases_it(
+    folder: CampaignFolder,
+) -> None:
+    frames = [copper(seed) for seed in range(12)]
+    here = label_stage(folder, frames)
+    assert read_json(here.here.product)["suspects"] == [], "sane labels are no suspects"
+    key = spoil(here, 4, -40.0)
+    collected(here)
+
+    [suspect] = read_json(here.here.product)["suspects"]
+    place = {"round": 1, "task": 0, "item": 4, "step": None}
+    assert {name: suspect[name] for name in place} == place
+    assert suspect["key"] == key
+    assert "off by -10 eV/atom" in suspect["reason"]
+    assert sorted(label_outcomes(here, "label")) == [n for n in range(12) if n != 4]
+    assert len(training_labels(here)) == 11
+    released = context(folder, 1, "label", label={"quarantine": False})
+    assert sorted(label_outcomes(released, "label")) == list(range(12))
+    assert len(training_labels(released)) == 12
+
+
+def test_a_label_of_an_early_round_is_found_out_by_those_of_a_later_one(folder: CampaignFolder) -> None:
+    first = label_stage(folder, [copper(seed) for seed in range(4)])
+    spoil(first, 1, 40.0)
+    collected(first)
+    assert len(training_labels(first)) == 4, "four labels say too little"
+
+    second = context(folder, 2, "label")
+    second.here.path.mkdir(parents=True)
+    frames = [copper(seed) for seed in range(10, 20)]
+    [payload] = shards(np.ones(len(frames)), np.zeros(0), 1)
+    write_json(second.here.plan, {"tasks": [payload]})
+    result = label(second, 0, frames, payload)
+    second.here.outcomes.mkdir()
+    write_json(second.here.task(0).result, result)
+    collected(second)
+    [suspect] = read_json(second.here.product)["suspects"]
+    assert (suspect["round"], suspect["task"], suspect["item"]) == (1, 0, 1)
+    assert len(training_labels(second)) == 13
+    assert sorted(label_outcomes(second, "label", 1)) == [0, 2, 3]
+    assert sorted(label_outcomes(second, "label", 2)) == list(range(10))
+
+
+def test_a_shared_store_that_cannot_be_written_stops_the_campaign_and_its_labels_are_kept(
+    tmp_path: Path, folder: CampaignFolder
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        CampaignStopped, match=r"are safe in the campaign, but cannot be registered in label\.store"
+    ):
+        label_stage(folder, [copper(1)], label={"store": str(tmp_path / "file" / "labels")})
+    here = context(folder, 1, "label")
+    key = item_key(Item.single_point(copper(1)), reference_of(here))
+    assert set(LabelStore(folder.labels).find([key])) == {key}

@@ -1,4 +1,4 @@
-"""One labelled structure as some file holds it, and as training sees it: checked, or refused with the reason.
+"""One labelled structure as some file holds it, and as training and label stores see it: checked, or refused with the reason.
 
 Units: eV, Å; stress in eV/Å^3 with ASE's sign, Voigt order xx yy zz yz xz xy. Shape suffixes: n atoms, 3 directions.
 """
@@ -11,17 +11,30 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.stress import full_3x3_to_voigt_6_stress
 from numpy.typing import NDArray
 
 from hpcft.errors import LabelError
 from hpcft.labelling.label import check_finite, check_geometry
+from hpcft.labelling.sanity import symmetric_voigt
 
 Array = NDArray[np.float64]
 
 ISOLATED_ATOM = "IsolatedAtom"
 WEIGHTS = ("config_weight", "config_energy_weight", "config_forces_weight")
 STRESS_WEIGHT, VIRIALS_WEIGHT = "config_stress_weight", "config_virials_weight"
+# Where MACE and everybody who trains it put virials; there is no option for it.
+VIRIALS_KEY = "REF_virials"
+# What ASE moves from a file into a calculator, and what its readers of other codes' output put there.
+_OF_CALCULATORS = ("energy", "free_energy", "forces", "stress")
+
+
+@dataclass(frozen=True)
+class LabelKeys:
+    """The names of the labels in a file; `energy`, `free_energy`, `forces`, `stress` stand for a calculator's results."""
+
+    energy: str = "REF_energy"
+    forces: str = "REF_forces"
+    stress: str = "REF_stress"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +52,28 @@ class Frame:
     virials: Any = None
     weights: Mapping[str, Any] = field(default_factory=dict)
     config_type: str = ""
+
+
+def frame_of(atoms: Atoms, keys: LabelKeys) -> Frame:
+    """What stands under the keys of a structure that some file holds."""
+    results = calculator_results(atoms)
+    info = {**results, **atoms.info}
+    weights = (*WEIGHTS, STRESS_WEIGHT, VIRIALS_WEIGHT)
+    return Frame(
+        structure=atoms,
+        energy=info.get(keys.energy),
+        forces=atoms.arrays.get(keys.forces, results.get(keys.forces)),
+        stress=info.get(keys.stress),
+        virials=info.get(VIRIALS_KEY),
+        weights={name: atoms.info[name] for name in weights if name in atoms.info},
+        config_type=str(atoms.info.get("config_type", "")),
+    )
+
+
+def calculator_results(atoms: Atoms) -> Mapping[str, Any]:
+    """Stored results, raw: ASE's get_forces would zero those of fixed atoms."""
+    results = {} if atoms.calc is None else atoms.calc.results
+    return {name: results[name] for name in _OF_CALCULATORS if results.get(name) is not None}
 
 
 def labelled_atoms(frame: Frame, origin: str) -> Atoms:
@@ -124,7 +159,7 @@ def _voigt(found: Any, what: str) -> Array | None:
     if values.shape == (6,):
         return values
     if values.shape in ((9,), (3, 3)):
-        return np.asarray(full_3x3_to_voigt_6_stress(values.reshape(3, 3)))
+        return symmetric_voigt(values.reshape(3, 3), what)
     raise LabelError(
         "shape",
         f"its {what} has shape {values.shape}, but must have 6 (xx, yy, zz, yz, xz, xy), 9 or 3 x 3 components",
