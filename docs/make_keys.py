@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from hpcft.config.campaign import Campaign
+from hpcft.config.label_run import ReferenceFile
 from hpcft.config.pretrain import Recipe
 from hpcft.config.site import Site
 from hpcft.config.training import TrainingRun
@@ -21,6 +22,7 @@ TITLES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("Site", Site),
     ("Recipe of a foundation model", Recipe),
     ("A training without a campaign (`hpcft train --config`)", TrainingRun),
+    ("Labels without a campaign (`hpcft label --reference`)", ReferenceFile),
 )
 
 

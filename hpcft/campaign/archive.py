@@ -169,9 +169,9 @@ def _refuse_tasks(folder: CampaignFolder, records: Records) -> None:
     if stage is None or not any(is_open(stage, task) for task in stage.missing):
         return
     from hpcft.campaign.scheduler import Scheduler
-    from hpcft.campaign.settings import campaign_of, site_of
+    from hpcft.campaign.settings import settings_of, site_of
 
-    seen = Scheduler(folder, campaign_of(folder), site_of(folder)).observe(records)
+    seen = Scheduler(folder, settings_of(folder), site_of(folder)).observe(records)
     where = f"round {stage.round}, stage {stage.name} of {folder.root}"
     if not seen.known:
         raise SchedulerUnavailable(

@@ -29,11 +29,11 @@ from hpcft.campaign.lease import is_mine
 from hpcft.campaign.policy import Limits
 from hpcft.campaign.records import Records, StageRecord, read_attempt, read_records
 from hpcft.campaign.scheduler import Scheduler
-from hpcft.campaign.settings import campaign_of
+from hpcft.campaign.settings import settings_of
 from hpcft.campaign.tidy import is_tidy, tidy
 from hpcft.config.site import Site
 from hpcft.errors import CampaignStopped, LeaseHeld, SchedulerUnavailable, SubmissionRefused
-from hpcft.stages.context import StageContext
+from hpcft.stages.context import Stage, StageContext
 from hpcft.stages.registry import stage_named
 from hpcft.storage.atomic import create_json_once, read_json, write_json
 from hpcft.storage.campaign_folder import RETRY_FAILURES, CampaignFolder, StageFolder
@@ -85,8 +85,8 @@ class Manager:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.folder, self.site = folder, site
-        self.campaign = campaign_of(folder)
-        self.scheduler = Scheduler(folder, self.campaign, site)
+        self.settings = settings_of(folder)
+        self.scheduler = Scheduler(folder, self.settings, site)
         self._clock, self._sleep = clock, sleep
         self.leaves_controller = False
         """One place in the queue is a controller's, which has yet to be submitted."""
@@ -200,15 +200,15 @@ class Manager:
         if stage is None:
             return Limits()
         name: Any = stage.name
-        module, resources = stage_named(name), self.campaign.resources_for(name)
+        resources = self.settings.resources_for(name)
         common = Limits(
-            self.campaign.max_attempts,
-            self.campaign.max_interruptions,
-            tolerated=int(self.campaign.tolerated_tasks(name) * (stage.num_tasks or 0)),
+            self.settings.max_attempts,
+            self.settings.max_interruptions,
+            tolerated=int(self.settings.tolerated_tasks(name) * (stage.num_tasks or 0)),
             time_min=resources.time_min,
             memory_GB=resources.memory_GB,
         )
-        ranks = module.ranks(self.campaign)
+        ranks = self._stage(name).ranks(self.settings)
         if self.site.executor == "slurm":
             allowed = self.scheduler.limits(name)
             return replace(
@@ -255,20 +255,23 @@ class Manager:
         elif isinstance(action, Collect):
             context = self._context(action.round, action.stage)
             tasks = len(context.plan())
-            write_json(context.here.product, {**stage_named(action.stage).collect(context), "tasks": tasks})
+            write_json(context.here.product, {**self._stage(action.stage).collect(context), "tasks": tasks})
         elif isinstance(action, CancelStrays):
             self.scheduler.cancel(action.job_ids)
         elif isinstance(action, Stop):
             raise CampaignStopped(action.why)
 
+    def _stage(self, name: str) -> Stage:
+        return stage_named(name, self.settings.kind)
+
     def _context(self, round_: int, stage: str) -> StageContext:
         return StageContext(
-            self.folder, self.campaign, round_, stage, self.site.device, self.site.mpi_launcher
+            self.folder, self.settings, round_, stage, self.site.device, self.site.mpi_launcher
         )
 
     def _plan(self, action: Plan) -> None:
         context = self._context(action.round, action.stage)
-        tasks = [dict(payload) for payload in stage_named(action.stage).plan(context)]
+        tasks = [dict(payload) for payload in self._stage(action.stage).plan(context)]
         context.here.attempts.mkdir(parents=True, exist_ok=True)
         context.here.outcomes.mkdir(exist_ok=True)
         write_json(context.here.plan, {"tasks": tasks})
@@ -276,7 +279,7 @@ class Manager:
     def _submit(self, action: Submit) -> None:
         """Intent, held submission, record of the ids, release: a kill between any two of them is mended by the next turn."""
         where = self.folder.stage(action.round, action.stage)
-        ranks = stage_named(action.stage).ranks(self.campaign)
+        ranks = self._stage(action.stage).ranks(self.settings)
         intent = {
             "attempt": action.attempt,
             "tasks": list(action.tasks),

@@ -15,11 +15,11 @@ from hpcft.campaign.controllers import dismiss_controller
 from hpcft.campaign.manager import bring_back, reopen_failures, write_marker
 from hpcft.campaign.records import StageRecord, read_records
 from hpcft.campaign.scheduler import Scheduler
-from hpcft.campaign.settings import campaign_of
-from hpcft.config.campaign import PATIENCE_KEYS, Campaign
+from hpcft.campaign.settings import model_of, settings_of
+from hpcft.config.fingerprint import PATIENCE_KEYS
 from hpcft.errors import SchedulerUnavailable, UserError
 from hpcft.storage.atomic import create_json_once, write_json
-from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, stages_of
+from hpcft.storage.campaign_folder import CampaignFolder, StageFolder
 
 _CANCEL_WAIT_S = 120.0
 
@@ -110,7 +110,7 @@ def change_settings(folder: CampaignFolder, changes: Sequence[str]) -> dict[str,
         changed[".".join(path)] = (section[path[-1]], yaml.safe_load(text))
         section[path[-1]] = yaml.safe_load(text)
     try:
-        Campaign.model_validate(config)
+        model_of(identity).model_validate(config)
     except ValidationError as failure:
         first = failure.errors(include_url=False)[0]
         raise UserError(
@@ -140,9 +140,11 @@ def rewind(folder: CampaignFolder, round_: int, stage: str, scheduler: Scheduler
     first. Killed half-way, it has moved the later stages only: say it again. Raises UserError for a stage that has not
     begun, SchedulerUnavailable while Slurm does not confirm that nothing of the campaign runs any more.
     """
-    order = [(r, name) for r in range(round_, read_records(folder).rounds + 1) for name in stages_of(r)]
+    order = folder.places()
     if (round_, stage) not in order:
-        raise UserError(f"round {round_} has no stage {stage}; it has {', '.join(stages_of(round_))}")
+        there = ", ".join(name for number, name in order if number == round_)
+        known = f"it has {there}" if there else f"the last round is {order[-1][0]}"
+        raise UserError(f"round {round_} has no stage {stage}; {known}")
     later = order[order.index((round_, stage)) :]
     begun = [where for where in later if folder.stage(*where).path.exists()]
     _complete_what_was_killed(folder)
@@ -212,14 +214,14 @@ def _publish_labels(folder: CampaignFolder, stage: StageFolder) -> None:
     from hpcft.labelling.shard import finish_shard
 
     for task in sorted(journals):
-        finish_shard(task, {"campaign": campaign_of(folder).name})
+        finish_shard(task, {"campaign": settings_of(folder).name})
 
 
 def _register_labels(folder: CampaignFolder, moved: Path) -> None:
     if moved.name in ("label", "reference"):
         from hpcft.stages.label_tasks import stores_of
 
-        for store in stores_of(folder, campaign_of(folder)):
+        for store in stores_of(folder, settings_of(folder)):
             store.register_below(moved)
 
 

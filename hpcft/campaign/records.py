@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from hpcft.errors import UserError
 from hpcft.storage.atomic import TEMPORARY_PREFIX, read_json
-from hpcft.storage.campaign_folder import CampaignFolder, Outcomes, StageFolder, stages_of
+from hpcft.storage.campaign_folder import CampaignFolder, Outcomes, StageFolder
 
 Cause = Literal[
     "error",
@@ -142,13 +142,13 @@ class Records:
 def read_records(folder: CampaignFolder) -> Records:
     """Everything up to and including the first stage without a product; UserError naming the file that is damaged."""
     with _naming(folder.identity):
-        rounds = int(folder.read_identity()["rounds"])
+        places = folder.places()
+    rounds = places[-1][0]
     stages: list[StageRecord] = []
-    for round_ in range(rounds + 1):
-        for name in stages_of(round_):
-            stages.append(_read_stage(folder, round_, name))
-            if stages[-1].product is None:
-                return Records(tuple(stages), rounds)
+    for round_, name in places:
+        stages.append(_read_stage(folder, round_, name))
+        if stages[-1].product is None:
+            break
     return Records(tuple(stages), rounds)
 
 

@@ -16,7 +16,7 @@ from hpcft.campaign.worker import run_tasks
 from hpcft.cluster import local, slurm
 from hpcft.cluster.executors import JobSpec, submit, write_inputs
 from hpcft.cluster.limits import Cluster, StageLimits, effective, read_cluster, suitable_nodes, terms_of
-from hpcft.config.campaign import Campaign
+from hpcft.config.settings import Settings
 from hpcft.config.site import Site
 from hpcft.errors import SchedulerUnavailable
 from hpcft.storage.campaign_folder import CampaignFolder
@@ -44,12 +44,12 @@ class Scheduler:
     def __init__(
         self,
         folder: CampaignFolder,
-        campaign: Campaign,
+        settings: Settings,
         site: Site,
         run: slurm.Run = slurm.run_command,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.folder, self.campaign, self.site = folder, campaign, site
+        self.folder, self.settings, self.site = folder, settings, site
         self.name_prefix = f"hpcft-{folder.read_identity()['id']}-"
         self._run, self._clock = run, clock
         self._cluster: Cluster | None = None
@@ -72,7 +72,7 @@ class Scheduler:
     ) -> list[str]:
         """Job ids, one for each job; held on Slurm until `release`."""
         packed = self.tasks_per_job(stage, ranks)
-        resources = self.campaign.resources_for(stage)  # type: ignore[arg-type]
+        resources = self.settings.resources_for(stage)  # type: ignore[arg-type]
         changes = {"time_min": needs.time_min, "memory_GB": needs.memory_GB}
         spec = JobSpec(
             name=self.job_name(round_, stage, attempt),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,19 +10,26 @@ from pydantic import BaseModel, ValidationError
 
 from hpcft import __version__
 from hpcft.config.campaign import Campaign
+from hpcft.config.label_run import LabelRun
+from hpcft.config.settings import Settings
 from hpcft.config.site import Site, default_site
 from hpcft.errors import UserError
 from hpcft.storage.atomic import read_json
-from hpcft.storage.campaign_folder import CampaignFolder
+from hpcft.storage.campaign_folder import CampaignFolder, kind_of
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def campaign_of(folder: CampaignFolder) -> Campaign:
+def settings_of(folder: CampaignFolder) -> Settings:
     """UserError when the settings are those of another version of hpcft, or were edited by hand."""
     identity = folder.read_identity()
     writer = f", written by hpcft {identity['hpcft_version']}," if "hpcft_version" in identity else ""
-    return _validated(Campaign, identity.get("config"), folder.identity, writer)
+    return _validated(model_of(identity), identity.get("config"), folder.identity, writer)
+
+
+def model_of(identity: Mapping[str, Any]) -> type[Campaign] | type[LabelRun]:
+    """The model of the settings in a campaign.json."""
+    return LabelRun if kind_of(identity) == "label" else Campaign
 
 
 def site_of(folder: CampaignFolder) -> Site:

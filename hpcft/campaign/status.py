@@ -17,7 +17,7 @@ from hpcft.cluster import slurm
 from hpcft.errors import SchedulerUnavailable, UserError
 from hpcft.report.results import read_results
 from hpcft.storage.atomic import read_json
-from hpcft.storage.campaign_folder import CampaignFolder
+from hpcft.storage.campaign_folder import CampaignFolder, kind_of
 
 # A status that waits for a scheduler that is down is no use; what was seen last is shown with its age.
 _PATIENCE_S = 0.5
@@ -25,7 +25,7 @@ _MOST_PROBLEMS = 12
 
 
 def describe(folder: CampaignFolder, run: slurm.Run | None = None) -> dict[str, Any]:
-    """JSON-able: state (finished, running, detached, idle), round, stage, tasks, queue, manager, problems, results."""
+    """JSON-able: state (finished, running, detached, idle), round, stage, tasks, queue, manager, problems, labels, results."""
     identity = folder.read_identity()
     records = read_records(folder)
     stage = records.current
@@ -54,6 +54,7 @@ def describe(folder: CampaignFolder, run: slurm.Run | None = None) -> dict[str, 
         "manager": manager,
         "controller": controller,
         "problems": problems,
+        "labels": read_json(folder.exported) if folder.exported.exists() else None,
         "results": [_without_nan(vars(result)) for result in read_results(folder)],
     }
 
@@ -113,7 +114,8 @@ def _summary(
     summary = f"{identity['name']}: {state}"
     if stage is None:
         return summary
-    summary += f", round {stage.round} of {records.rounds}, stage {stage.name}"
+    if kind_of(identity) == "campaign":
+        summary += f", round {stage.round} of {records.rounds}, stage {stage.name}"
     if stage.num_tasks is None:
         summary += ", not planned yet"
     else:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcft.campaign.archive import list_entries
-from hpcft.campaign.settings import campaign_of, site_of
+from hpcft.campaign.settings import settings_of, site_of
+from hpcft.config.campaign import Campaign
 from hpcft.errors import UserError
 from hpcft.storage.atomic import read_json
 from hpcft.storage.campaign_folder import CampaignFolder
@@ -78,7 +79,7 @@ def verify_campaign(folder: CampaignFolder) -> Verified:
     _check_files(folder, findings)
     if not findings.has(folder.identity.name):
         with naming(findings, folder, folder.identity):
-            campaign_of(folder)
+            settings_of(folder)
             with naming(findings, folder, folder.site):
                 site_of(folder)
             check_inputs(folder, findings)
@@ -160,20 +161,20 @@ def _check_zip(path: Path) -> None:
 
 def check_inputs(folder: CampaignFolder, findings: Findings) -> None:
     """The campaign's own copies of what it started from; the files that it was given may be gone."""
-    identity, campaign = folder.read_identity(), campaign_of(folder)
-    foundation = folder.inputs / str(identity["foundation_file"])
-    wanted = {"structures.h5": campaign.structures}
-    wanted |= {"relaxations-train.h5": campaign.relaxations.train} if campaign.relaxations.train else {}
-    wanted |= {"relaxations-test.h5": campaign.relaxations.test} if campaign.relaxations.test else {}
-    wanted |= {"replay.h5": campaign.train.replay.file} if campaign.train.replay else {}
-    for name, source in {foundation.name: campaign.foundation, **wanted}.items():
+    settings = settings_of(folder)
+    wanted = {f"{name}.h5": source for name, source in settings.structure_files().items()}
+    if isinstance(settings, Campaign):
+        identity = folder.read_identity()
+        foundation = folder.inputs / str(identity["foundation_file"])
+        wanted[foundation.name] = settings.foundation
+        if foundation.exists() and f"sha256:{sha256_of(foundation)}" != identity["normalised"]["foundation"]:
+            findings.add(
+                f"inputs/{foundation.name}",
+                f"is not the file whose SHA-256 campaign.json has; {_RESTORE}, or from {settings.foundation}",
+            )
+    for name, source in wanted.items():
         if not (folder.inputs / name).exists():
             findings.add(f"inputs/{name}", f"is missing; {_RESTORE}, or from what it was made of: {source}")
-    if foundation.exists() and f"sha256:{sha256_of(foundation)}" != identity["normalised"]["foundation"]:
-        findings.add(
-            f"inputs/{foundation.name}",
-            f"is not the file whose SHA-256 campaign.json has; {_RESTORE}, or from {campaign.foundation}",
-        )
 
 
 def sha256_of(path: Path) -> str:

@@ -12,7 +12,7 @@ from hpcft.campaign.verify import Findings, naming, sha256_of
 from hpcft.labelling.shard import FAILURES_FILE, FRAMES_FILE, LABELS_FILE, RELAXATIONS_FILE, SHARD_FILE
 from hpcft.labelling.store import LabelStore
 from hpcft.storage.atomic import read_json
-from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, stages_of
+from hpcft.storage.campaign_folder import CampaignFolder, StageFolder
 from hpcft.storage.structures import count_structures
 from hpcft.storage.trajectory import Trajectory
 
@@ -32,7 +32,7 @@ def check_stages(folder: CampaignFolder, findings: Findings) -> None:
     """Every stage that has been planned; what is asked of one in progress is that its tasks with a result have their data."""
     left_out = frozenset(left_out_before(folder))
     findings.num_left_out = sum(not (folder.root / name).exists() for name in left_out)
-    places = [(r, name) for r in range(int(folder.read_identity()["rounds"]) + 1) for name in stages_of(r)]
+    places = folder.places()
     finished = [place for place in places if folder.stage(*place).product.exists()]
     findings.num_stages = len(finished)
     for place in places:

@@ -90,13 +90,13 @@ def _run(
     signals: _Signals,
 ) -> str:
     # Imported here: the lock is taken before the seconds that torch needs to load.
-    from hpcft.campaign.settings import campaign_of, site_of
+    from hpcft.campaign.settings import settings_of, site_of
     from hpcft.stages.context import StageContext, TaskContext
     from hpcft.stages.registry import stage_named
 
     site = read_json(folder.site)
     context = StageContext(
-        folder, campaign_of(folder), round_, stage, str(site["device"]), site_of(folder).mpi_launcher
+        folder, settings_of(folder), round_, stage, str(site["device"]), site_of(folder).mpi_launcher
     )
     rank = spread_over_gpus(rank, site.get("executor", ""), index)
     where = context.here.task(index)
@@ -107,7 +107,7 @@ def _run(
     task = TaskContext(
         context, index, payload, attempt, rank, execution.is_newest, lambda: signals.time_is_up
     )
-    outcome = stage_named(stage).run(task)
+    outcome = stage_named(stage, context.settings.kind).run(task)
     if rank.is_first:
         about = {
             "attempt": attempt,

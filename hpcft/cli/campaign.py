@@ -20,6 +20,7 @@ from hpcft.cli.drive import (
     short,
     take_steps,
 )
+from hpcft.cli.labelled import show_labels, showing_what_is_done, write_and_show
 from hpcft.storage.campaign_folder import CampaignFolder
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def submit(
         folder, chosen = _made(campaign, site, directory, take_over, check, detached=True)
     if check:
         refuse_impossible(folder, chosen)
-    job = drive_and_leave(folder, chosen, take_over, resumed=resumed)
+    with showing_what_is_done(folder):
+        job = drive_and_leave(folder, chosen, take_over, resumed=resumed)
     if job is None:
         _finish(folder)
         return
@@ -98,9 +100,12 @@ def resume(
     chosen = chosen_site(folder, site)
     if check:
         refuse_impossible(folder, chosen)
-    if once:
-        typer.echo(take_steps(folder, chosen, take_over))
-    elif drive(folder, chosen, take_over, resumed=True):
+    with showing_what_is_done(folder):
+        if once:
+            typer.echo(take_steps(folder, chosen, take_over))
+            return
+        is_done = drive(folder, chosen, take_over, resumed=True)
+    if is_done:
         _finish(folder)
 
 
@@ -133,6 +138,9 @@ def _made(
 
 
 def _finish(folder: CampaignFolder) -> None:
+    if folder.kind == "label":
+        show_labels(folder)
+        return
     figure = _write_report(folder)
     _print_table(folder)
     last = int(folder.read_identity()["rounds"])
@@ -145,6 +153,9 @@ def _confidence(folder: CampaignFolder) -> float:
 
 
 def _print_table(folder: CampaignFolder) -> None:
+    if folder.kind == "label":
+        show_labels(folder)
+        return
     from rich.console import Console
 
     from hpcft.report.results import read_results
@@ -173,9 +184,11 @@ def _write_report(folder: CampaignFolder) -> Path:
 
 
 def report(directory: CampaignDir) -> None:
-    """Print the table of all rounds so far and write the figure."""
+    """Print the table of all rounds so far and write the figure; of labels alone, write those that are there."""
     folder = CampaignFolder(directory.absolute())
-    folder.read_identity()
+    if folder.kind == "label":
+        write_and_show(folder)
+        return
     _print_table(folder)
     typer.echo(f"figure: {short(_write_report(folder))}")
 
@@ -205,7 +218,7 @@ def cancel(directory: CampaignDir) -> None:
     from hpcft.campaign.manager import record_resume
     from hpcft.campaign.mend import cancel_everything
     from hpcft.campaign.scheduler import Scheduler
-    from hpcft.campaign.settings import campaign_of, site_of
+    from hpcft.campaign.settings import settings_of, site_of
     from hpcft.cluster.slurm import job_is_over
 
     folder = opened(directory)
@@ -217,6 +230,6 @@ def cancel(directory: CampaignDir) -> None:
     with lease(folder.leases, job_is_over=job_is_over if is_slurm else lambda job_id: False):
         if is_slurm:
             dismiss_controller(folder)
-        count = cancel_everything(folder, Scheduler(folder, campaign_of(folder), site))
+        count = cancel_everything(folder, Scheduler(folder, settings_of(folder), site))
         record_resume(folder, time.time())  # what was cancelled has not failed
     typer.echo(f"{count} job{'s' * (count != 1)} cancelled. Go on with: hpcft resume {short(folder.root)}")

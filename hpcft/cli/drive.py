@@ -49,7 +49,7 @@ def chosen_site(folder: CampaignFolder, path: Path | None) -> Site:
 
 def opened(directory: Path) -> CampaignFolder:
     """An existing campaign's folder that is safe to submit from; else a UserError."""
-    from hpcft.campaign.create import refuse_hostile_name, refuse_shared
+    from hpcft.campaign.new_folder import refuse_hostile_name, refuse_shared
 
     folder = CampaignFolder(directory.absolute())
     folder.read_identity()
@@ -60,7 +60,7 @@ def opened(directory: Path) -> CampaignFolder:
 
 def refuse_impossible(folder: CampaignFolder, site: Site) -> None:
     """Raises UserError for what Slurm would refuse, or, worse, take and leave waiting for ever: it is held when submitted."""
-    from hpcft.campaign.settings import campaign_of
+    from hpcft.campaign.settings import settings_of
     from hpcft.cluster.limits import read_cluster
     from hpcft.cluster.problems import problems
     from hpcft.errors import SchedulerUnavailable
@@ -71,9 +71,14 @@ def refuse_impossible(folder: CampaignFolder, site: Site) -> None:
         cluster = read_cluster()
     except SchedulerUnavailable:
         return  # the manager will say so, and wait
-    errors = [p for p in problems(site, campaign_of(folder), cluster) if p.severity == "error"]
+    settings = settings_of(folder)
+    errors = [p for p in problems(site, settings, cluster) if p.severity == "error"]
     if errors:
-        lines = [f"{p.source} {p.key}: {p.what}{f'; {p.accepted}' if p.accepted else ''}" for p in errors]
+        files = {"campaign": "reference file"} if settings.kind == "label" else {}
+        lines = [
+            f"{files.get(p.source, p.source)} {p.key}: {p.what}{f'; {p.accepted}' if p.accepted else ''}"
+            for p in errors
+        ]
         raise UserError(
             "nothing was submitted, for Slurm would not run it:\n  "
             + "\n  ".join(lines)

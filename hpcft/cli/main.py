@@ -8,7 +8,7 @@ import sys
 import typer
 
 from hpcft import __version__
-from hpcft.cli import archive, campaign, inspect, logs, md, mend, model, relax, site, store, train
+from hpcft.cli import archive, campaign, inspect, label, logs, md, mend, model, relax, site, store, train
 from hpcft.errors import CampaignStopped, LabelError, LeaseHeld, SchedulerUnavailable, UserError
 
 app = typer.Typer(
@@ -17,7 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    epilog="Exit codes: 0 done · 1 the campaign stopped · 2 bad input · 3 another manager is at work · "
+    epilog="Exit codes: 0 done · 1 the campaign stopped, or labels failed · 2 bad input · 3 another manager is at work · "
     "4 Slurm does not answer · 130 interrupted",
 )
 app.command("run")(campaign.run)
@@ -30,6 +30,7 @@ app.command("logs")(logs.logs)
 app.command("cancel")(campaign.cancel)
 app.command("report")(campaign.report)
 app.command("inspect")(inspect.inspect)
+app.command("label")(label.label)
 app.command("md", cls=train.ManyFiles)(md.md)
 app.command("relax")(relax.relax)
 app.command("train", cls=train.ManyFiles)(train.train)

@@ -24,14 +24,14 @@ def _alone_with(folder: CampaignFolder) -> Iterator[Scheduler]:
     """The lease, and the scheduler of the site on which the campaign ran last."""
     from hpcft.campaign.lease import lease
     from hpcft.campaign.scheduler import Scheduler
-    from hpcft.campaign.settings import campaign_of
+    from hpcft.campaign.settings import settings_of
     from hpcft.cluster.slurm import job_is_over
 
     site = chosen_site(folder, None)
     is_slurm = site.executor == "slurm"
     let_controller_finish(folder)
     with lease(folder.leases, job_is_over=job_is_over if is_slurm else lambda job_id: False):
-        yield Scheduler(folder, campaign_of(folder), site)
+        yield Scheduler(folder, settings_of(folder), site)
 
 
 def _how_to_go_on(folder: CampaignFolder) -> None:

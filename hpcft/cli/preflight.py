@@ -196,7 +196,7 @@ def _time_limits(campaign: Campaign) -> Iterator[Problem]:
 
 def folder_problems(root: Path, needed: Estimate | None) -> list[Problem]:
     """Why a campaign folder cannot be made at `root`, or not be filled."""
-    from hpcft.campaign.create import refuse_hostile_name, refuse_shared
+    from hpcft.campaign.new_folder import refuse_hostile_name, refuse_shared
 
     there = nearest_folder(root)
     found: list[Problem] = []

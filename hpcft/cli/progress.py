@@ -16,7 +16,7 @@ from hpcft.campaign.manager import Turn, stage_line
 from hpcft.campaign.policy import describe
 from hpcft.report.results import METRICS, RoundResult, read_results, shown
 from hpcft.storage.atomic import read_json
-from hpcft.storage.campaign_folder import CampaignFolder
+from hpcft.storage.campaign_folder import CampaignFolder, kind_of
 
 
 class Progress:
@@ -33,7 +33,8 @@ class Progress:
 
     def __enter__(self) -> Self:
         identity = self.folder.read_identity()
-        self.console.print(f"campaign {identity['name']} in {self.folder.root}")
+        what = "labels" if kind_of(identity) == "label" else "campaign"
+        self.console.print(f"{what} {identity['name']} in {self.folder.root}")
         if self.console.is_terminal:
             self._status = self.console.status("starting")
             self._status.start()

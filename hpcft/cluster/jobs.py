@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from hpcft.cluster.limits import JobKind
 from hpcft.config.campaign import STAGES, Campaign
+from hpcft.config.settings import Settings
 from hpcft.config.site import Site, Slurm
 
 JOB_KINDS: tuple[JobKind, ...] = (*STAGES, "controller")
@@ -26,32 +27,39 @@ class Job:
     time_min: int | None
 
 
-def job_of(site: Site, stage: JobKind, campaign: Campaign | None) -> Job:
+def job_kinds(settings: Settings | None) -> tuple[JobKind, ...]:
+    """The kinds of jobs that there will be; all, where nobody knows what is to run."""
+    return JOB_KINDS if settings is None else (*settings.stages, "controller")
+
+
+def job_of(site: Site, stage: JobKind, settings: Settings | None) -> Job:
     """What the largest job of the stage asks for."""
     asked = site.slurm_for(stage) if site.executor == "slurm" else Slurm()
     if stage == "controller":
         own = site.controller
         return Job(stage, asked, 1, False, 1, asked.gpus_per_rank, own.memory_GB, own.time_min)
-    ranks = ranks_of(campaign, stage)
-    packed = min(asked.tasks_per_job, max_tasks(campaign, stage) or asked.tasks_per_job) if ranks == 1 else 1
+    ranks = ranks_of(settings, stage)
+    packed = min(asked.tasks_per_job, max_tasks(settings, stage) or asked.tasks_per_job) if ranks == 1 else 1
     processes = ranks * packed
     gpus = asked.gpus_per_rank * processes
-    if campaign is None:
+    if settings is None:
         return Job(stage, asked, processes, packed > 1, None, gpus, None, None)
-    wish = campaign.resources_for(stage)
+    wish = settings.resources_for(stage)
     cpus = wish.cpus_per_rank * processes
     return Job(stage, asked, processes, packed > 1, cpus, gpus, wish.memory_GB, wish.time_min)
 
 
-def ranks_of(campaign: Campaign | None, stage: JobKind) -> int:
+def ranks_of(settings: Settings | None, stage: JobKind) -> int:
     """Processes of one task; the stages' own `ranks` say the same, but bring torch with them."""
-    return campaign.train.ranks if campaign is not None and stage == "train" else 1
+    return settings.train.ranks if isinstance(settings, Campaign) and stage == "train" else 1
 
 
-def max_tasks(campaign: Campaign | None, stage: JobKind) -> int | None:
+def max_tasks(settings: Settings | None, stage: JobKind) -> int | None:
     """Tasks of the stage in one round at most; None: unknown."""
-    if campaign is None:
+    if settings is None:
         return None
-    shards = campaign.label.shards
-    spread = {"explore": campaign.explore.tasks, "probe": campaign.probe.tasks}
-    return {**spread, "label": shards, "reference": shards}.get(stage, 1)
+    shards = settings.label.shards
+    spread = {"label": shards, "reference": shards}
+    if isinstance(settings, Campaign):
+        spread |= {"explore": settings.explore.tasks, "probe": settings.probe.tasks}
+    return spread.get(stage, 1)

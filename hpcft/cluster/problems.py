@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hpcft.cluster.jobs import JOB_KINDS, Job, job_of
+from hpcft.cluster.jobs import JOB_KINDS, Job, job_kinds, job_of
 from hpcft.cluster.limits import (
     Cluster,
     JobKind,
@@ -22,7 +22,7 @@ from hpcft.cluster.limits import (
     terms_of,
 )
 from hpcft.cluster.slurm_answers import NodeGroup, Partition
-from hpcft.config.campaign import Campaign
+from hpcft.config.settings import Settings
 from hpcft.config.site import Site
 
 # Accounting may also be told to keep wckeys, or no jobs and steps: that refuses no account.
@@ -45,7 +45,7 @@ class Problem:
 
 def problems(
     site: Site,
-    campaign: Campaign | None,
+    settings: Settings | None,
     cluster: Cluster,
     environment: Mapping[str, str] = os.environ,
 ) -> list[Problem]:
@@ -53,12 +53,13 @@ def problems(
     if site.executor != "slurm":
         return []
     found: dict[Problem, list[JobKind]] = {problem: [] for problem in _about_the_site(site, cluster)}
-    for stage in JOB_KINDS:
-        check = _Check(site, cluster, job_of(site, stage, campaign), environment)
+    kinds = job_kinds(settings)
+    for stage in kinds:
+        check = _Check(site, cluster, job_of(site, stage, settings), environment)
         for problem in check.problems():
             found.setdefault(problem, []).append(stage)
     merged = [
-        replace(problem, stages=tuple(stages) if len(stages) < len(JOB_KINDS) else ())
+        replace(problem, stages=tuple(stages) if len(stages) < len(kinds) else ())
         for problem, stages in found.items()
     ]
     return sorted(merged, key=lambda problem: problem.severity != "error")

@@ -6,8 +6,6 @@ train, probe and evaluate; the reference relaxes its structures once for all rou
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from hpcft.config.common import Resources
+from hpcft.config.fingerprint import files_of, fingerprint, normalised
 from hpcft.config.reference import Label, Reference
 from hpcft.config.training import Train
 from hpcft.config.validate import (
@@ -27,33 +26,10 @@ from hpcft.config.validate import (
     Section,
     Seed,
     Unit,
-    names_input_file,
     shown,
     validate,
 )
 from hpcft.config.yaml_file import KeyPath, load_yaml
-from hpcft.errors import UserError
-
-# What says only how patiently and with what resources a campaign is computed: it may change while one goes on.
-PATIENCE_KEYS = frozenset(
-    {
-        "max_attempts",
-        "max_interruptions",
-        "tolerated_failures",
-        "time_limit_s",
-        "memory_limit_GB",
-        "time_min",
-        "memory_GB",
-        "cpus_per_rank",
-        "command",
-        "environment",
-        "ladder",
-        "workers",
-        "ranks_per_calculation",
-        "store",
-        "quarantine",
-    }
-)
 
 StageName = Literal["explore", "select", "label", "train", "probe", "reference", "evaluate"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -247,34 +223,40 @@ class Campaign(Section):
         section = self.label if stage == "reference" else getattr(self, stage)
         return float(getattr(section, "tolerated_failures", 0.0))
 
+    @property
+    def kind(self) -> Literal["campaign"]:
+        """What tells it from other work in a folder of its own."""
+        return "campaign"
+
+    @property
+    def stages(self) -> tuple[StageName, ...]:
+        """Stages of a round, in order."""
+        return STAGES
+
+    def structure_files(self) -> dict[str, Path]:
+        """The files of structures, by the name that each has in the campaign's folder."""
+        wanted = {
+            "structures": self.structures,
+            "relaxations-train": self.relaxations.train,
+            "relaxations-test": self.relaxations.test,
+            "replay": self.train.replay.file if self.train.replay is not None else None,
+        }
+        return {name: path for name, path in wanted.items() if path is not None}
+
     def files(self) -> dict[KeyPath, Path]:
         """Every input file by the key path that names it."""
-        return dict(_files(self, ()))
+        return files_of(self)
 
     def normalised(self) -> dict[str, Any]:
-        """The content as plain JSON data: all defaults written out, and each file replaced by its SHA-256.
-
-        Two campaign files that mean the same, in whatever folder, have equal normalised content.
-        """
-        content = self.model_dump(mode="json")
+        """The content as plain JSON data, what is given by default elsewhere written out; see fingerprint.normalised."""
+        content = normalised(self)
         content["explore"]["max_temperature_K"] = self.explore.temperature_limit_K
         content["probe"]["temperature_K"] = self.probe_temperature_K
-        for (*sections, key), path in self.files().items():
-            section = content
-            for name in sections:
-                section = section[str(name)]
-            section[str(key)] = f"sha256:{_sha256(path)}"
         return content
 
     def fingerprint(self) -> str:
-        """SHA-256 of what decides the results: equal for the same campaign, wherever its files are.
-
-        Time limits, memory, attempts and tolerance are left out: they may change while a campaign goes on.
-        """
-        canonical = json.dumps(
-            _decisive(self.normalised()), sort_keys=True, separators=(",", ":"), allow_nan=False
-        )
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        """Equal for the same campaign, wherever its files are."""
+        return fingerprint(self.normalised())
 
     def _problems(self) -> Iterator[tuple[KeyPath, str]]:
         if self.train.relaxation is not None and self.relaxations.train is None:
@@ -288,63 +270,6 @@ class Campaign(Section):
             yield ("select", "exclude_first"), f"{problem}; lower it, or raise explore.steps"
 
 
-def _decisive(content: dict[str, Any]) -> dict[str, Any]:
-    """Normalised content without the keys that only say how patiently and with what resources it is computed."""
-    kept = {
-        key: _decisive(value) if isinstance(value, dict) else value
-        for key, value in content.items()
-        if key not in PATIENCE_KEYS
-    }
-    return kept
-
-
 def load_campaign(path: Path) -> Campaign:
     """The campaign in the YAML file, its input files found and absolute; a UserError lists every problem."""
     return validate(Campaign, load_yaml(path), path)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """A line `key.path: old -> new` for each key in which two normalised campaigns differ; empty if equal."""
-    return [f"{key}: {text}" for key, text in _differences(old, new, "")]
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    for key in sorted(old.keys() | new.keys()):
-        if key not in new:
-            yield prefix + key, f"{_brief(old[key])} -> not there"
-        elif key not in old:
-            yield prefix + key, f"not there -> {_brief(new[key])}"
-        elif isinstance(old[key], dict) and isinstance(new[key], dict):
-            yield from _differences(old[key], new[key], f"{prefix}{key}.")
-        elif _is_file(old[key]) and _is_file(new[key]) and old[key] != new[key]:
-            yield prefix + key, f"the file's content has changed ({old[key][:15]}… -> {new[key][:15]}…)"
-        elif old[key] != new[key]:
-            yield prefix + key, f"{_brief(old[key])} -> {_brief(new[key])}"
-
-
-def _brief(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 100 else f"{text[:99]}…"
-
-
-def _is_file(value: object) -> bool:
-    return isinstance(value, str) and value.startswith("sha256:")
-
-
-def _files(section: Section, prefix: KeyPath) -> Iterator[tuple[KeyPath, Path]]:
-    for key, field in type(section).model_fields.items():
-        value = getattr(section, key)
-        if isinstance(value, Path) and names_input_file(field):
-            yield (*prefix, key), value
-        elif isinstance(value, Section):
-            yield from _files(value, (*prefix, key))
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); the campaign needs it, so put it back"
-        ) from error

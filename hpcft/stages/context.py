@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hpcft.config.campaign import Campaign
+from hpcft.config.settings import Settings
 from hpcft.storage.atomic import read_json
 from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, TaskFolder
 from hpcft.training.rank import Rank
@@ -21,12 +22,18 @@ class Superseded(RuntimeError):
 @dataclass(frozen=True)
 class StageContext:
     folder: CampaignFolder
-    campaign: Campaign
+    settings: Settings
     round: int
     stage: str
     device: str = "auto"
     mpi: tuple[str, ...] = ()
     """The site's words that start a reference code's MPI ranks, with {ranks} among them."""
+
+    @property
+    def campaign(self) -> Campaign:
+        """The settings, for the stages that only a campaign has."""
+        assert isinstance(self.settings, Campaign)
+        return self.settings
 
     @property
     def here(self) -> StageFolder:
@@ -94,7 +101,7 @@ class TaskContext:
 class Stage(Protocol):
     """`plan` and `collect` run in the manager and must be light; `run` runs in a job and may be killed anywhere."""
 
-    def ranks(self, campaign: Campaign) -> int:
+    def ranks(self, settings: Settings) -> int:
         """Processes per task."""
 
     def plan(self, context: StageContext) -> Sequence[Mapping[str, Any]]:

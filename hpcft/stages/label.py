@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hpcft.config.campaign import Campaign
 from hpcft.labelling.item import Item, StoredItems
 from hpcft.stages.context import StageContext, TaskContext
-from hpcft.stages.label_tasks import collect_shards, count_relaxations, run_shard, shards
+from hpcft.stages.label_plan import planned
+from hpcft.stages.label_tasks import collect_shards, relaxation_items, run_shard
 from hpcft.stages.sharing import numbers_of
-from hpcft.storage.structures import count_structures
+from hpcft.storage.structures import read_outline
 
 
 def ranks(campaign: Campaign) -> int:
@@ -17,17 +19,24 @@ def ranks(campaign: Campaign) -> int:
 
 
 def plan(context: StageContext) -> list[dict[str, Any]]:
-    frames = count_structures(context.folder.stage(context.round, "select").task(0).path / "selected.h5")
     wanted = context.round == 1 and context.campaign.train.relaxation is not None
-    relaxations = count_relaxations(context, "train") if wanted else 0
-    return shards(frames, relaxations, context.campaign.label.shards)
+    starts = context.folder.inputs / "relaxations-train.h5"
+    return planned(
+        context,
+        [read_outline(_selected(context))],
+        [read_outline(starts)] if wanted and starts.exists() else [],
+    )
 
 
 def run(task: TaskContext) -> dict[str, Any]:
-    selected = task.context.folder.stage(task.context.round, "select").task(0).path / "selected.h5"
-    frames = StoredItems(selected, numbers_of(task.payload["frames"]), Item.single_point)
-    return run_shard(task, frames, "train")
+    frames = StoredItems(_selected(task.context), numbers_of(task.payload["frames"]), Item.single_point)
+    starts = task.context.folder.inputs / "relaxations-train.h5"
+    return run_shard(task, frames, relaxation_items(task, starts, task.context.campaign.relaxations))
 
 
 def collect(context: StageContext) -> dict[str, Any]:
     return collect_shards(context)
+
+
+def _selected(context: StageContext) -> Path:
+    return context.folder.stage(context.round, "select").task(0).path / "selected.h5"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ase import Atoms
 
-from hpcft.config.campaign import Campaign
+from hpcft.config.campaign import Campaign, Relaxations
+from hpcft.config.label_run import Relaxation
+from hpcft.config.settings import Settings
 from hpcft.errors import CampaignStopped
 from hpcft.labelling.causes import Failure
-from hpcft.labelling.item import Item, item_key
+from hpcft.labelling.item import Item, StoredItems, item_key
 from hpcft.labelling.journal import Record, read_journals
 from hpcft.labelling.label import Label
 from hpcft.labelling.presets import launcher
@@ -21,53 +24,44 @@ from hpcft.labelling.store import LabelStore
 from hpcft.labelling.worker import label_items
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.quarantine import find_suspects
-from hpcft.stages.sharing import every, numbers_of
+from hpcft.stages.sharing import kinds_of, numbers_of
 from hpcft.storage.atomic import read_json
 from hpcft.storage.campaign_folder import RETRY_FAILURES, CampaignFolder
-from hpcft.storage.structures import count_structures, read_structures
-
-
-def shards(num_frames: int, num_relaxations: int, count: int) -> list[dict[str, Any]]:
-    """Payloads that deal frames and relaxations out in turn; at least one task, so that the stage has a result."""
-    tasks = max(1, min(count, num_frames + num_relaxations))
-    return [
-        {
-            "frames": every(num_frames, task, tasks),
-            "relaxations": every(num_relaxations, tasks - 1 - task, tasks),
-        }
-        for task in range(tasks)
-    ]
-
-
-def count_relaxations(context: StageContext, which: str) -> int:
-    path = context.folder.inputs / f"relaxations-{which}.h5"
-    return count_structures(path) if path.exists() else 0
 
 
 def reference_of(context: StageContext) -> Reference:
     return reference_from(
-        context.campaign.reference, launcher(context.mpi, context.campaign.label.ranks_per_calculation)
+        context.settings.reference, launcher(context.mpi, context.settings.label.ranks_per_calculation)
     )
 
 
-def run_shard(task: TaskContext, frames: Sequence[Item], which_relaxations: str) -> dict[str, Any]:
-    """Label what is still missing of one shard, whose frames are `frames`. A label found in this campaign's earlier
-    rounds, or in the store that it shares with others, is not paid for again.
+def relaxation_items(
+    task: TaskContext, path: Path, settings: Relaxations | Relaxation | None
+) -> Sequence[Item]:
+    """The relaxations of a task, whose start structures are in the file at `path`, if there are any."""
+    numbers = numbers_of(task.payload["relaxations"])
+    if not numbers:
+        return ()
+    assert settings is not None
+    fmax, max_steps, with_cell = settings.fmax, settings.max_steps, settings.cell
+
+    def relaxation(atoms: Atoms) -> Item:
+        free = atoms.copy()
+        free.set_constraint()
+        return Item.relaxation(free, fmax=fmax, max_steps=max_steps, with_cell=with_cell)
+
+    return StoredItems(path, numbers, relaxation)
+
+
+def run_shard(task: TaskContext, frames: Sequence[Item], relaxations: Sequence[Item] = ()) -> dict[str, Any]:
+    """Label what is still missing of one shard: its frames and relaxations, each in the order of the payload's numbers.
+
+    A label found in this campaign's earlier rounds, or in the store that it shares with others, is not paid for again.
     """
     context = task.context
-    items: Sequence[Item] = frames
-    relaxations = numbers_of(task.payload["relaxations"])
-    if relaxations:
-        settings = context.campaign.relaxations
-        path = context.folder.inputs / f"relaxations-{which_relaxations}.h5"
-        starts = read_structures(path, list(relaxations))
-        items = [*items]
-        items += [
-            Item.relaxation(
-                _free(atoms), fmax=settings.fmax, max_steps=settings.max_steps, with_cell=settings.cell
-            )
-            for atoms in starts
-        ]
+    of_kind = {"frames": frames, "relaxations": relaxations}
+    parts = [of_kind[kind] for kind in kinds_of(task.payload) if of_kind[kind]]
+    items = parts[0] if len(parts) == 1 else [item for part in parts for item in part]
     reference = reference_of(context)
     known = _known(context, [item_key(item, reference) for item in items])
     start = time.monotonic()
@@ -79,7 +73,7 @@ def run_shard(task: TaskContext, frames: Sequence[Item], which_relaxations: str)
         task.path,
         known=known,
         attempt=task.attempt,
-        workers=context.campaign.label.workers,
+        workers=context.settings.label.workers,
         retry_causes=causes,
     )
     task.ensure_owned()
@@ -97,27 +91,21 @@ def run_shard(task: TaskContext, frames: Sequence[Item], which_relaxations: str)
     }
 
 
-def stores_of(folder: CampaignFolder, campaign: Campaign) -> list[LabelStore]:
-    """Where the campaign looks labels up and registers its own: first its own store, then the one that it shares."""
-    shared = campaign.label.store
+def stores_of(folder: CampaignFolder, settings: Settings) -> list[LabelStore]:
+    """Where labels are looked up and registered: first the folder's own store, then the one that it shares."""
+    shared = settings.label.store
     return [LabelStore(folder.labels), *([] if shared is None else [LabelStore(shared)])]
 
 
 def _known(context: StageContext, keys: Sequence[str]) -> dict[str, Record]:
     found: dict[str, Record] = {}
-    for store in stores_of(context.folder, context.campaign):
+    for store in stores_of(context.folder, context.settings):
         found |= store.find(set(keys) - found.keys())
     return found
 
 
 def _provenance(context: StageContext) -> dict[str, Any]:
-    return reference_of(context).provenance() | {"campaign": context.campaign.name}
-
-
-def _free(atoms: Atoms) -> Atoms:
-    free = atoms.copy()
-    free.set_constraint()
-    return free
+    return reference_of(context).provenance() | {"campaign": context.settings.name}
 
 
 def collect_shards(context: StageContext) -> dict[str, Any]:
@@ -133,20 +121,20 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
         for cause, count in result["causes"].items():
             causes[cause] = causes.get(cause, 0) + count
     items, failed = (sum(result[key] for result in results) for key in ("items", "failed"))
-    tolerated = context.campaign.label.tolerated_failures
+    tolerated = context.settings.label.tolerated_failures
     if items and failed / items > tolerated:
         raise CampaignStopped(
             f"{failed} of {items} reference calculations of round {context.round}, stage {context.stage} failed "
             f"({', '.join(f'{n} x {cause}' for cause, n in sorted(causes.items()))}), more than "
             f"label.tolerated_failures = {tolerated:g} allows. Each cause is in failures.json of its task, under "
-            f"{context.here.path}. `hpcft resume` tries the failed ones again; a higher tolerance in the campaign file and "
-            "`hpcft run` goes on without them."
+            f"{context.here.path}. `hpcft resume` tries the failed ones again; with a higher tolerance in its file, the "
+            "command that began all this goes on without them."
         )
     done = sum(result["done"] for result in results)
     relaxations = sum(len(numbers_of(payload["relaxations"])) for payload in context.plan())
     frames = sum(result["frames_done"] for result in results)
-    learnt = {}
-    if context.campaign.relaxations.learn_frames and context.stage == "label":
+    learnt, settings = {}, context.settings
+    if isinstance(settings, Campaign) and settings.relaxations.learn_frames and context.stage == "label":
         learnt["relaxation_frames"] = sum(result.get("relaxation_frames", 0) for result in results)
     return {
         "items": items,
@@ -161,7 +149,7 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
 
 
 def _register(context: StageContext) -> None:
-    own, *shared = stores_of(context.folder, context.campaign)
+    own, *shared = stores_of(context.folder, context.settings)
     own.register_below(context.here.path)
     for store in shared:
         try:

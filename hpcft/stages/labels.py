@@ -11,7 +11,7 @@ from hpcft.labelling.label import Label, Relaxation
 from hpcft.labelling.shard import SHARD_FILE, read_frames, read_shard
 from hpcft.stages.context import StageContext
 from hpcft.stages.quarantine import quarantined
-from hpcft.stages.sharing import numbers_of
+from hpcft.stages.sharing import work_of
 
 
 def _records(context: StageContext, stage: str, round_: int) -> Iterator[tuple[str, int, Record]]:
@@ -25,14 +25,10 @@ def _records(context: StageContext, stage: str, round_: int) -> Iterator[tuple[s
         task = where.task(index)
         if not (task.path / SHARD_FILE).exists():  # set aside before it had a single label
             continue
-        numbers = [("frame", i) for i in numbers_of(payload["frames"])] + [
-            ("relaxation", i) for i in numbers_of(payload["relaxations"])
-        ]
+        work = work_of(payload)
         for record in read_shard(task.path):
-            if (index, record.index, None) in left_out:
-                continue
-            kind, number = numbers[record.index]
-            yield kind, number, record
+            if (index, record.index, None) not in left_out:
+                yield *work[record.index], record
 
 
 def relaxation_frames(context: StageContext) -> list[Atoms]:
@@ -41,19 +37,19 @@ def relaxation_frames(context: StageContext) -> list[Atoms]:
     where = context.folder.stage(1, "label")
     left_out = quarantined(context, "label", 1)
     for index, payload in enumerate(context.plan("label", 1)):
-        first = len(numbers_of(payload["frames"]))
-        relaxations = numbers_of(payload["relaxations"])
+        work = work_of(payload)
         folder = where.task(index).path
         for record in read_frames(folder) if (folder / SHARD_FILE).exists() else ():
             if (index, record.index, record.step) in left_out:
                 continue
-            atoms = _labelled(record)
-            atoms.info["origin"] = f"step {record.step} of relaxation {relaxations[record.index - first]}"
+            atoms = labelled(record)
+            atoms.info["origin"] = f"step {record.step} of relaxation {work[record.index][1]}"
             found.append(atoms)
     return found
 
 
-def _labelled(record: Record) -> Atoms:
+def labelled(record: Record) -> Atoms:
+    """The structure of a record with its label: REF_energy, REF_forces and REF_stress."""
     assert record.atoms is not None and isinstance(record.result, Label)
     atoms = record.atoms.copy()
     atoms.info["REF_energy"] = record.result.energy
@@ -69,8 +65,8 @@ def label_outcomes(context: StageContext, stage: str, round_: int | None = None)
     """
     found = {}
     for kind, number, record in _records(context, stage, context.round if round_ is None else round_):
-        if kind == "frame" and isinstance(record.result, Label):
-            found[number] = _labelled(record)
+        if kind == "frames" and isinstance(record.result, Label):
+            found[number] = labelled(record)
     return dict(sorted(found.items()))
 
 
@@ -89,6 +85,6 @@ def relaxation_results_by_index(context: StageContext, stage: str, round_: int) 
     found = {}
     for kind, number, record in _records(context, stage, round_):
         result = record.result
-        if kind == "relaxation" and isinstance(result, Relaxation) and result.converged:
+        if kind == "relaxations" and isinstance(result, Relaxation) and result.converged:
             found[number] = result
     return dict(sorted(found.items()))

@@ -40,7 +40,7 @@ def find_suspects(context: StageContext) -> list[dict[str, Any]]:
 
 def quarantined(context: StageContext, stage: str, round_: int) -> set[tuple[int, int, int | None]]:
     """Task, item and step of each label of a stage that is left out; none where the user has released them."""
-    if not context.campaign.label.quarantine:
+    if not context.settings.label.quarantine:
         return set()
     for judged_in in range(context.round, round_ - 1, -1):
         product = context.folder.stage(judged_in, stage).product

@@ -7,8 +7,10 @@ from typing import Any
 from hpcft.config.campaign import Campaign
 from hpcft.labelling.item import Item
 from hpcft.stages.context import StageContext, TaskContext
-from hpcft.stages.label_tasks import collect_shards, count_relaxations, run_shard, shards
-from hpcft.stages.sharing import count_probe_frames, numbers_of, probe_frames
+from hpcft.stages.label_plan import planned
+from hpcft.stages.label_tasks import collect_shards, relaxation_items, run_shard
+from hpcft.stages.sharing import numbers_of, probe_frames
+from hpcft.storage.structures import read_outline
 
 
 def ranks(campaign: Campaign) -> int:
@@ -16,14 +18,17 @@ def ranks(campaign: Campaign) -> int:
 
 
 def plan(context: StageContext) -> list[dict[str, Any]]:
-    frames = count_probe_frames(context)
-    relaxations = count_relaxations(context, "test") if context.round == 0 else 0
-    return shards(frames, relaxations, context.campaign.label.shards)
+    frames = [read_outline(task.path / "frames.h5") for task in context.tasks_of("probe")]
+    starts = context.folder.inputs / "relaxations-test.h5"
+    wanted = context.round == 0 and starts.exists()
+    return planned(context, frames, [read_outline(starts)] if wanted else [])
 
 
 def run(task: TaskContext) -> dict[str, Any]:
     frames = probe_frames(task.context, numbers_of(task.payload["frames"]))
-    return run_shard(task, [Item.single_point(frame) for frame in frames], "test")
+    items = [Item.single_point(frame) for frame in frames]
+    starts = task.context.folder.inputs / "relaxations-test.h5"
+    return run_shard(task, items, relaxation_items(task, starts, task.context.campaign.relaxations))
 
 
 def collect(context: StageContext) -> dict[str, Any]:

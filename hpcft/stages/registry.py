@@ -6,7 +6,9 @@ from importlib import import_module
 from typing import cast
 
 from hpcft.stages.context import Stage
+from hpcft.storage.campaign_folder import Kind
 
+_MODULES_OF_LABELS = {"label": "hpcft.stages.label_file"}
 _MODULES = {
     "explore": "hpcft.stages.explore",
     "select": "hpcft.stages.select",
@@ -18,5 +20,5 @@ _MODULES = {
 }
 
 
-def stage_named(name: str) -> Stage:
-    return cast(Stage, import_module(_MODULES[name]))
+def stage_named(name: str, kind: Kind = "campaign") -> Stage:
+    return cast(Stage, import_module((_MODULES_OF_LABELS if kind == "label" else _MODULES)[name]))

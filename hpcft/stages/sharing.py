@@ -64,14 +64,44 @@ def replay_structures(
     return shifted(read_structures(file, evenly_spread(count_structures(file), most)), shifts)
 
 
-def every(count: int, first: int, step: int) -> dict[str, int]:
-    """The numbers first, first + step, ... below `count`, as a plan keeps them: a million must not make it long."""
-    return {"first": first, "stop": count, "step": step}
+def share_of(numbers: Sequence[int]) -> str:
+    """Numbers as a plan keeps them, `0:100:8 5 9`: a million that are dealt out in turn must not make it long."""
+    words = []
+    start = 0
+    while start < len(numbers):
+        end = start + 1
+        step = numbers[end] - numbers[start] if end < len(numbers) else 0
+        while step and end < len(numbers) and numbers[end] - numbers[end - 1] == step:
+            end += 1
+        if end - start < 3:
+            end = start + 1
+            words.append(str(numbers[start]))
+        else:
+            words.append(f"{numbers[start]}:{numbers[end - 1] + step}:{step}")
+        start = end
+    return " ".join(words)
 
 
-def numbers_of(share: Mapping[str, int]) -> range:
-    """What `every` has written."""
-    return range(share["first"], share["stop"], share["step"])
+def numbers_of(share: str | Mapping[str, int]) -> list[int]:
+    """What `share_of` has written, or the mapping that plans had in its place before."""
+    if not isinstance(share, str):
+        return list(range(share["first"], share["stop"], share["step"]))
+    numbers: list[int] = []
+    for word in share.split():
+        first, *rest = map(int, word.split(":"))
+        numbers += range(first, *rest) if rest else [first]
+    return numbers
+
+
+def work_of(payload: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Kind (frames, relaxations) and number of each item of a labelling task, in the order in which workers get them."""
+    return [(kind, number) for kind in kinds_of(payload) for number in numbers_of(payload[kind])]
+
+
+def kinds_of(payload: Mapping[str, Any]) -> Sequence[str]:
+    """frames and relaxations, in the order in which a labelling task has them."""
+    order: Sequence[str] = payload.get("order", ("frames", "relaxations"))  # as before plans said so
+    return order
 
 
 def last_states(context: StageContext) -> dict[int, dict[str, Any]]:
@@ -83,19 +113,19 @@ def last_states(context: StageContext) -> dict[int, dict[str, Any]]:
     return states
 
 
-def count_probe_frames(context: StageContext) -> int:
-    return sum(count_structures(task.path / "frames.h5") for task in context.tasks_of("probe"))
-
-
 def probe_frames(context: StageContext, wanted: Sequence[int] | None = None) -> list[Atoms]:
-    """The frames that this round's probe has kept for the reference, numbered as everywhere; those of `wanted` only."""
-    frames: list[Atoms] = []
+    """The frames that this round's probe has kept for the reference, numbered as everywhere; those of `wanted`, in its order."""
+    frames: dict[int, Atoms] = {}
     first = 0
     for task in context.tasks_of("probe"):
         path = task.path / "frames.h5"
         count = count_structures(path)
-        indices = None if wanted is None else [i - first for i in wanted if first <= i < first + count]
+        numbers = [
+            n
+            for n in (range(first, first + count) if wanted is None else wanted)
+            if first <= n < first + count
+        ]
+        if numbers:
+            frames |= zip(numbers, read_structures(path, [n - first for n in numbers]), strict=True)
         first += count
-        if indices is None or indices:
-            frames += read_structures(path, indices)
-    return frames
+    return list(frames.values()) if wanted is None else [frames[number] for number in wanted]

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from hpcft.errors import UserError
 from hpcft.storage.atomic import read_json, reopening
@@ -20,12 +20,19 @@ FORMAT = 2
 STAGES = ("explore", "select", "label", "train", "probe", "reference", "evaluate")
 # Round 0 has no training: it measures the bias of the foundation model itself.
 STAGES_OF_ROUND_0 = ("probe", "reference", "evaluate")
+# `hpcft label` is round 0 of a kind of its own.
+STAGES_OF_LABELS = ("label",)
+
+Kind = Literal["campaign", "label"]
+"""What a folder is of: a campaign, or labels alone."""
 
 # A file in a task's folder: the user wants what has failed there, of some causes, to be tried again.
 RETRY_FAILURES = "retry-failures.json"
 
 
-def stages_of(round_: int) -> tuple[str, ...]:
+def stages_of(round_: int, kind: Kind = "campaign") -> tuple[str, ...]:
+    if kind == "label":
+        return STAGES_OF_LABELS
     return STAGES_OF_ROUND_0 if round_ == 0 else STAGES
 
 
@@ -199,6 +206,11 @@ class TaskFolder:
         return self.outcome.with_name(f"{self.outcome.name}.{what}.json")
 
 
+def kind_of(identity: Mapping[str, Any]) -> Kind:
+    """What the folder with this campaign.json is of; those of before there was a choice do not say."""
+    return "label" if identity.get("kind") == "label" else "campaign"
+
+
 @dataclass(frozen=True)
 class CampaignFolder:
     root: Path
@@ -246,6 +258,11 @@ class CampaignFolder:
         return self.root / "observed.json"
 
     @property
+    def exported(self) -> Path:
+        """Of labels alone: what the files for people beside it hold."""
+        return self.root / "exported.json"
+
+    @property
     def aside(self) -> Path:
         """Stages that a user has rewound: kept, never read by a campaign."""
         return self.root / "aside"
@@ -257,6 +274,16 @@ class CampaignFolder:
     @property
     def report(self) -> Path:
         return self.root / "report"
+
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.read_identity())
+
+    def places(self) -> list[tuple[int, str]]:
+        """Round and name of every stage that there is or will be, in order."""
+        identity = self.read_identity()
+        rounds, kind = int(identity["rounds"]), kind_of(identity)
+        return [(round_, name) for round_ in range(rounds + 1) for name in stages_of(round_, kind)]
 
     def stage(self, round_: int, name: str) -> StageFolder:
         return StageFolder(self.root / f"round-{round_:03d}" / name)

@@ -33,7 +33,7 @@ def write_extxyz(path: Path, atoms_list: Sequence[Atoms]) -> None:
     ASE's reader moves `energy`, `forces` and `stress` into a calculator, so labels must be named REF_energy,
     REF_forces and REF_stress.
     """
-    write_text(path, "".join(_format(atoms, f"frame {index}") for index, atoms in enumerate(atoms_list)))
+    write_text(path, "".join(extxyz_frame(atoms, f"frame {index}") for index, atoms in enumerate(atoms_list)))
 
 
 def fixed_mask(atoms: Atoms, which: str) -> NDArray[np.bool_]:
@@ -49,7 +49,8 @@ def fixed_mask(atoms: Atoms, which: str) -> NDArray[np.bool_]:
     return mask
 
 
-def _format(atoms: Atoms, which: str) -> str:
+def extxyz_frame(atoms: Atoms, which: str) -> str:
+    """The lines of one structure, for who writes more of them than memory holds; `which` names it in a UserError."""
     columns: dict[str, Any] = {
         "species": np.array(atoms.get_chemical_symbols(), dtype=str),
         "pos": atoms.positions,

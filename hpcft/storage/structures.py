@@ -12,6 +12,7 @@ Results of a calculator are not stored: a label is what stands under REF_*.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,16 @@ from hpcft.storage.tree import (
 )
 
 __all__ = [
+    "Outline",
     "StructureFile",
     "count_structures",
     "evenly_spread",
     "read_any",
     "read_columns",
+    "read_outline",
     "read_provenance",
     "read_structures",
+    "read_texts",
     "write_extxyz",
     "write_structures",
     "write_structures_in_blocks",
@@ -206,6 +210,42 @@ class StructureFile:
 def evenly_spread(count: int, most: int) -> list[int]:
     """At most so many of the numbers 0 to count - 1, the first and the last among them."""
     return [int(i) for i in np.unique(np.linspace(0, count - 1, min(count, most)).round())]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What one row per structure tells, without a single atom; S structures."""
+
+    num_atoms_s: Array
+    cell_s33: Array
+    pbc_s3: Array
+    info: Mapping[str, Array]
+    """Those of the wanted columns of numbers that the file has."""
+
+
+def read_outline(path: Path, info: Sequence[str] = ()) -> Outline:
+    """Sizes, cells and the columns `info` of all structures of a file of `write_structures`."""
+    with open_file(path, "structures") as file:
+        columns = {name: encode_name(name) for name in info}
+        return Outline(
+            num_atoms_s=np.diff(file["offsets"][()]),
+            cell_s33=file["cell"][()],
+            pbc_s3=file["pbc"][()],
+            info={name: file["info"][key][()] for name, key in columns.items() if key in file["info"]},
+        )
+
+
+def read_texts(path: Path) -> list[dict[str, str]]:
+    """The strings in `info` of each structure of a file of `write_structures`, without a single atom."""
+    with open_file(path, "structures") as file:
+        texts: list[dict[str, str]] = [{} for _ in range(len(file["offsets"]) - 1)]
+        for name, node in file["info"].items():
+            absent = set(file["missing"][name][()].tolist()) if name in file["missing"] else set()
+            if holds_text(node):
+                for index, text in enumerate(node.asstr()[()]):
+                    if index not in absent:
+                        texts[index][decode_name(name)] = str(text)
+    return texts
 
 
 def count_structures(path: Path) -> int:

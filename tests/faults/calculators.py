@@ -217,6 +217,14 @@ class LicensedEMT(EMT):
         super().calculate(atoms, properties, system_changes)
 
 
+class LicensedForGoldEMT(CountingEMT):
+    """Fails on structures with gold while the file $HPCFT_TEST_LICENCE is not there."""
+
+    def before(self, atoms: Atoms) -> None:
+        if "Au" in atoms.get_chemical_symbols() and not Path(os.environ["HPCFT_TEST_LICENCE"]).exists():
+            raise RuntimeError('no licence for "Au",\nsays its server')
+
+
 class ObedientEMT(CountingEMT):
     """Does what the file $HPCFT_TEST_ORDERS says: `go`, or from the Nth finished calculation on `wait N` or `break N`."""
 

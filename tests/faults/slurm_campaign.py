@@ -233,11 +233,11 @@ def is_waiting(turn: Turn) -> bool:
 
 def labels_of(folder: CampaignFolder) -> dict[int, dict[str, Any]]:
     """Positions, energy and forces of each labelled frame by its number, however they were shared out."""
-    from hpcft.campaign.settings import campaign_of
+    from hpcft.campaign.settings import settings_of
     from hpcft.stages.context import StageContext
     from hpcft.stages.labels import label_outcomes
 
-    found = label_outcomes(StageContext(folder, campaign_of(folder), 0, "reference"), "reference")
+    found = label_outcomes(StageContext(folder, settings_of(folder), 0, "reference"), "reference")
     return {
         number: {
             "positions": atoms.positions,

@@ -25,8 +25,8 @@ def test_a_preempted_short_job_counts_as_preempted_and_is_submitted_again_though
     case = disturb("reference", partition="preempt", options={"nodelist": "n1"})
     case.order("wait 3")
     with case.managed():
-        assert case.manager.campaign.max_attempts == 1
-        assert case.manager.campaign.resources_for("reference").time_min <= 10
+        assert case.manager.settings.max_attempts == 1
+        assert case.manager.settings.resources_for("reference").time_min <= 10
         case.until_labels_wait(3)
         with hogging("n1"):
             case.until(case.ends, "the end of the preempted job is recorded")

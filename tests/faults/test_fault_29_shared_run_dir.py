@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hpcft.campaign.create import open_or_create, refuse_shared
+from hpcft.campaign.create import open_or_create
+from hpcft.campaign.new_folder import refuse_shared
 from hpcft.config.campaign import load_campaign
 from hpcft.errors import UserError
 from hpcft.storage.campaign_folder import CampaignFolder

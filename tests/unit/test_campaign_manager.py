@@ -40,7 +40,7 @@ from hpcft.campaign.decide import (
 from hpcft.campaign.manager import Manager, Turn, record_resume
 from hpcft.campaign.policy import Limits
 from hpcft.campaign.records import Attempt, Ending, StageRecord, read_records
-from hpcft.campaign.settings import campaign_of, site_of
+from hpcft.campaign.settings import settings_of, site_of
 from hpcft.config.site import Site
 from hpcft.errors import CampaignStopped, LeaseHeld, SchedulerUnavailable, UserError
 from hpcft.storage.atomic import write_json
@@ -312,10 +312,10 @@ def test_tasks_on_this_machine_share_its_cores(
     write_json(folder.identity, identity)
     cores = len(os.sched_getaffinity(0))
     manager = Manager(folder, Site(name="here", executor="local"))
-    asked = manager.campaign.resources_for("train")
+    asked = manager.settings.resources_for("train")
     assert manager._limits(StageRecord(1, "train"), Observation()) == Limits(
         max_attempts=2,
-        max_interruptions=manager.campaign.max_interruptions,
+        max_interruptions=manager.settings.max_interruptions,
         max_running=max(1, cores // (ranks * cpus_per_rank)),
         time_min=asked.time_min,
         memory_GB=asked.memory_GB,
@@ -358,7 +358,7 @@ def test_settings_of_another_version_are_refused_with_the_key(folder: CampaignFo
         folder.identity, {**identity, "hpcft_version": "0.0.9", "config": {**identity["config"], "speed": 1}}
     )
     with pytest.raises(UserError, match=r"written by hpcft 0\.0\.9, does not fit .*: speed: Extra inputs"):
-        campaign_of(folder)
+        settings_of(folder)
     assert site_of(folder) == Site(name="local", executor="local")
     write_json(folder.site, {"name": "here"})
     with pytest.raises(UserError, match=r"site\.json does not fit .*: executor: Field required"):

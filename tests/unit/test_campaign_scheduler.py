@@ -184,7 +184,7 @@ def test_tasks_of_one_rank_share_a_job_where_the_site_says_so(
 ) -> None:
     packed = new_scheduler(slurm, clock, tmp_path, tasks_per_job=4)
     assert [packed.tasks_per_job("label", 1), packed.tasks_per_job("train", 2)] == [4, 1]
-    here = Scheduler(packed.folder, packed.campaign, Site(name="here", executor="local"))
+    here = Scheduler(packed.folder, packed.settings, Site(name="here", executor="local"))
     assert here.tasks_per_job("label", 1) == 1
 
 
@@ -216,7 +216,7 @@ def test_a_submission_asks_for_what_the_attempt_needs(
 
     monkeypatch.setattr("hpcft.campaign.scheduler.submit", submit)
     packed = new_scheduler(slurm, clock, tmp_path, tasks_per_job=4)
-    plain = packed.campaign.resources_for("label")
+    plain = packed.settings.resources_for("label")
     packed.submit(1, "label", (0, 1, 2, 3, 5), 7, 1, Needs())
     packed.submit(1, "label", (0, 1), 8, 1, Needs(time_min=90, memory_GB=3.0, exclude=("n1", "n2")))
     packed.submit(1, "train", (0,), 1, 2, Needs())

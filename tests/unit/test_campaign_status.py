@@ -67,6 +67,7 @@ def test_a_new_campaign_is_idle_and_says_how_to_go_on(folder: CampaignFolder) ->
         "controller": None,
         "manager": None,
         "problems": [],
+        "labels": None,
         "results": [],
     }
 

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
+from ase import Atoms
 from ase.build import bulk
 from ase.io import write
 
 from hpcft.campaign.create import open_or_create
+from hpcft.campaign.create_labels import open_or_create_labels
 from hpcft.config.campaign import load_campaign
+from hpcft.config.label_run import LabelRun
 from hpcft.config.site import load_site
 from hpcft.storage.atomic import write_json
 from hpcft.storage.campaign_folder import CampaignFolder
@@ -228,3 +231,84 @@ def test_a_file_that_is_damaged_missing_or_something_else_is_named_by_inspect(
     assert refusal(folder, "inspect", "flipped.h5", "--json").startswith("flipped.h5 is damaged")
     assert refusal(folder, "inspect", "text.h5").startswith("text.h5 is damaged or is no HDF5 file")
     assert refusal(folder, "inspect", "gone.h5").startswith("gone.h5 does not exist")
+
+
+@pytest.fixture
+def emt(folder: Path) -> Path:
+    """A reference that is sound, with structures beside it."""
+    file = folder.parent / "inputs" / "emt.yaml"
+    file.write_text("calculator: emt\n")
+    return file
+
+
+def label_refusal(folder: Path, reference: object, *options: object, structures: object = None) -> str:
+    """What `hpcft label` says when it refuses; it leaves nothing behind either."""
+    return refusal(
+        folder,
+        "label",
+        structures or folder.parent / "inputs" / "start.extxyz",
+        "--reference",
+        reference,
+        *options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("calculater: emt", 1, "calculater: unknown key; did you mean 'calculator'?"),
+        ("calculator: emt\nlabel: {shard: 2}", 2, "label.shard: unknown key; did you mean 'shards'?"),
+        ("calculator: emt\nlabel: 3", 2, "label: must be a section of keys and values, but is 3"),
+        ("calculator: emt\ntime_limit_s: 0", 2, "time_limit_s: must be greater than 0 s, but is 0"),
+        (
+            "calculator: emt\nlabel: {workers: 4, resources: {cpus_per_rank: 2}}",
+            2,
+            "label.resources.cpus_per_rank: is 2, but 4 workers",
+        ),
+    ],
+)
+def test_a_mistake_in_the_file_of_a_reference_is_named_by_its_line_and_key(
+    text: str, line: int, message: str, folder: Path, emt: Path
+) -> None:
+    emt.write_text(text)
+    assert label_refusal(folder, emt).startswith(f"{emt}:{line}: {message}")
+
+
+def test_structures_that_cannot_be_labelled_are_named_before_anything_is_written(
+    folder: Path, emt: Path
+) -> None:
+    inputs = folder.parent / "inputs"
+    said = label_refusal(folder, emt, structures=inputs / "silicon.extxyz")
+    assert said == "silicon.extxyz contains Si, which emt does not know"
+    said = label_refusal(folder, emt, structures=inputs / "gone.extxyz")
+    assert said == f"{inputs / 'gone.extxyz'} does not exist or is no file; check the name."
+    write(inputs / "cluster.extxyz", [bulk("Cu", cubic=True), Atoms("Cu2", [[0, 0, 0], [0, 0, 2.4]])])
+    said = label_refusal(folder, emt, "--relax", "--cell", structures=inputs / "cluster.extxyz")
+    assert said.startswith(
+        "structure 1 of cluster.extxyz: The cell of Cu2 is to relax, but it is not periodic"
+    )
+
+
+def test_options_of_a_relaxation_without_one_are_refused(folder: Path, emt: Path) -> None:
+    said = label_refusal(folder, emt, "--max-steps", 50)
+    assert said == "--max-steps is for relaxations; add --relax, or leave it out"
+    assert label_refusal(folder, emt, "--relax", "--fmax", 0).endswith(
+        "relaxation.fmax: must be greater than 0 eV/Å, but is 0"
+    )
+
+
+def test_a_folder_of_other_labels_or_of_a_campaign_is_refused_with_the_difference(
+    folder: Path, emt: Path, tiny: CampaignFolder
+) -> None:
+    assert "belongs to another campaign" in label_refusal(folder, emt, "--dir", "tiny")
+    structures = folder.parent / "inputs" / "start.extxyz"
+    run = LabelRun.model_validate(
+        {"name": "start", "structures": structures, "reference": {"calculator": "emt"}}
+    )
+    open_or_create_labels(run, emt, folder / "run")
+    said = label_refusal(folder, emt, "--dir", "run", "--shards", 3, "--relax")
+    assert "\n  label.shards: 1 -> 3\n  relaxation: null -> {" in said
+
+
+def test_labels_are_left_to_slurm_only_where_there_is_one(folder: Path, emt: Path) -> None:
+    assert "slurm" in label_refusal(folder, emt, "--submit").lower()

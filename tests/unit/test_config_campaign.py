@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from hpcft.config import campaign as config
-from hpcft.config.campaign import Campaign, differences, load_campaign
+from hpcft.config.campaign import Campaign, load_campaign
+from hpcft.config.fingerprint import differences
 from hpcft.config.training import Weights
 from hpcft.config.validate import Section
 from hpcft.config.yaml_file import dump_yaml, load_yaml

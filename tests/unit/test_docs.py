@@ -12,6 +12,7 @@ import pytest
 import yaml
 from ase.build import bulk
 
+from hpcft.config.label_run import ReferenceFile
 from hpcft.config.reference import SHORT_NAMES, Reference
 from hpcft.config.site import Site
 from hpcft.config.training import Train, TrainingRun
@@ -69,6 +70,11 @@ def test_every_short_name_has_an_example() -> None:
     assert set(SHORT_NAMES) <= {
         example["reference"]["calculator"] for example in yaml_examples("labelling.md")
     }
+
+
+def test_the_example_of_a_reference_without_a_campaign_is_valid() -> None:
+    (example,) = yaml_examples("label-command.md")
+    assert ReferenceFile.model_validate(example).reference.time_limit_s == 7200
 
 
 def test_the_example_of_a_training_is_valid(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
@@ -12,11 +14,18 @@ from ase.build import bulk
 from hpcft.campaign.tidy import tidy
 from hpcft.config.campaign import Campaign
 from hpcft.errors import CampaignStopped
+from hpcft.labelling.cost import cost_model
 from hpcft.labelling.item import Item, item_key
+from hpcft.labelling.journal import Journal, Record, journal_path
+from hpcft.labelling.label import Label
+from hpcft.labelling.shard import finish_shard
 from hpcft.labelling.store import LabelStore
 from hpcft.stages.context import StageContext, TaskContext
-from hpcft.stages.label_tasks import collect_shards, reference_of, run_shard, shards
+from hpcft.stages.label import plan
+from hpcft.stages.label_plan import seen_so_far, shards
+from hpcft.stages.label_tasks import collect_shards, reference_of, run_shard
 from hpcft.stages.labels import label_outcomes, training_labels
+from hpcft.stages.sharing import work_of
 from hpcft.storage.atomic import read_json, write_json
 from hpcft.storage.campaign_folder import CampaignFolder
 from hpcft.storage.structures import read_structures, write_structures
@@ -53,7 +62,7 @@ def results(folder: CampaignFolder, *counts: dict[str, Any]) -> StageContext:
     """Round 1's label stage, planned with five frames and three relaxations in two tasks, of which these are done."""
     here = context(folder, 1, "label")
     here.here.outcomes.mkdir(parents=True)
-    write_json(here.here.plan, {"tasks": shards(5, 3, 2)})
+    write_json(here.here.plan, {"tasks": shards(np.ones(5), np.ones(3), 2)})
     for index, count in enumerate(counts):
         here.here.task(index).path.mkdir(parents=True)
         write_json(here.here.task(index).result, count)
@@ -113,7 +122,7 @@ def copper(seed: int) -> Atoms:
 def label(here: StageContext, index: int, frames: list[Atoms], payload: dict[str, Any]) -> dict[str, Any]:
     here.here.task(index).path.mkdir(parents=True, exist_ok=True)
     items = [Item.single_point(frame) for frame in frames]
-    return run_shard(TaskContext(here, index, payload, 1, Rank()), items, "train")
+    return run_shard(TaskContext(here, index, payload, 1, Rank()), items)
 
 
 def test_a_label_of_an_earlier_round_is_found_again_and_not_paid_for(folder: CampaignFolder) -> None:
@@ -121,7 +130,7 @@ def test_a_label_of_an_earlier_round_is_found_again_and_not_paid_for(folder: Cam
     for round_, frames in ((1, [known]), (2, [new, known])):
         here = context(folder, round_, "label")
         here.here.path.mkdir(parents=True, exist_ok=True)
-        [payload] = shards(len(frames), 0, 1)
+        [payload] = shards(np.ones(len(frames)), np.zeros(0), 1)
         write_json(here.here.plan, {"tasks": [payload]})
         result = label(here, 0, frames, payload)
         assert (result["items"], result["done"], result["failed"]) == (len(frames), len(frames), 0)
@@ -144,7 +153,7 @@ def test_what_a_task_had_labelled_before_it_was_set_aside_is_kept_and_the_rest_h
     """Its journal holds two of three frames; it never came to publish them."""
     here = context(folder, 1, "label", **TOLERANT)
     here.here.path.mkdir(parents=True)
-    plan = shards(5, 0, 2)
+    plan = shards(np.ones(5), np.zeros(0), 2)
     write_json(here.here.plan, {"tasks": plan})
     frames = [copper(seed) for seed in range(5)]
     done = label(here, 1, [frames[1], frames[3]], plan[1])
@@ -176,7 +185,7 @@ def test_a_task_that_was_set_aside_before_it_had_a_label_has_failed_with_all_its
 ) -> None:
     here = context(folder, 1, "label", **TOLERANT)
     here.here.path.mkdir(parents=True)
-    plan = shards(5, 0, 2)
+    plan = shards(np.ones(5), np.zeros(0), 2)
     write_json(here.here.plan, {"tasks": plan})
     result = label(here, 0, [copper(seed) for seed in (0, 2, 4)], plan[0])
     set_aside(here, 1)
@@ -205,6 +214,41 @@ def test_stages_that_follow_see_only_tasks_with_a_result(folder: CampaignFolder)
     assert [result["done"] for result in here.results()] == [4]
 
 
+def finished_calculations(folder: CampaignFolder, seconds: Callable[[int], float]) -> None:
+    """Labels of cells of 4 to 40 atoms in round 0, which took as long as `seconds` says; and what teaches nothing."""
+    task = folder.stage(0, "reference").task(0).path
+    task.mkdir(parents=True)
+    calculations: list[tuple[int, float, dict[str, Any]]] = []
+    for repeat in range(1, 11):
+        calculations += [
+            (repeat, seconds(4 * repeat), {}),
+            (repeat, 1000.0, {"rung": 1}),  # the ladder's first tries are in it
+            (repeat, 0.0, {"found": True}),
+        ]
+    with Journal(journal_path(task, 1)) as journal:
+        for index, (repeat, wall_s, more) in enumerate(calculations):
+            atoms = bulk("Cu", cubic=True).repeat((repeat, 1, 1))
+            label = Label(-1.0, "energy", np.zeros((len(atoms), 3)), None)
+            journal.append(Record(index, f"{index:064x}", "single-point", label, atoms, wall_s, **more))
+    finish_shard(task)
+
+
+def test_shards_are_packed_by_what_earlier_rounds_have_taken(folder: CampaignFolder) -> None:
+    """A cell of 40 atoms is worth 10 of 4 where time is linear in them, and 100 where it is quadratic."""
+    sizes = [40] + [4] * 30
+    cells = [bulk("Cu", cubic=True).repeat((size // 4, 1, 1)) for size in sizes]
+    selected = folder.stage(1, "select").task(0).path
+    selected.mkdir(parents=True)
+    write_structures(selected / "selected.h5", cells)
+    here = context(folder, 1, "label")
+    assert [len(work_of(task)) for task in plan(here)] == [11, 20]
+    finished_calculations(folder, lambda num_atoms: 0.01 * num_atoms**2)
+    assert [len(work_of(task)) for task in plan(here)] == [1, 30]
+    assert plan(here) == plan(here)
+    model = cost_model(reference_of(here), seen_so_far(folder, reference_of(here)))
+    assert model.single_points(np.array([4, 40]), np.array([1, 1])) == pytest.approx([0.16, 16.0])
+
+
 def campaign_folder(root: Path) -> CampaignFolder:
     folder = CampaignFolder(root)
     folder.inputs.mkdir(parents=True)
@@ -216,7 +260,7 @@ def label_stage(folder: CampaignFolder, frames: list[Atoms], **changes: Any) -> 
     """Round 1's label stage in one task, labelled and collected."""
     here = context(folder, 1, "label", **changes)
     here.here.path.mkdir(parents=True)
-    [payload] = shards(len(frames), 0, 1)
+    [payload] = shards(np.ones(len(frames)), np.zeros(0), 1)
     write_json(here.here.plan, {"tasks": [payload]})
     result = label(here, 0, frames, payload)
     here.here.outcomes.mkdir()
@@ -299,7 +343,7 @@ def test_a_label_of_an_early_round_is_found_out_by_those_of_a_later_one(folder: 
     second = context(folder, 2, "label")
     second.here.path.mkdir(parents=True)
     frames = [copper(seed) for seed in range(10, 20)]
-    [payload] = shards(len(frames), 0, 1)
+    [payload] = shards(np.ones(len(frames)), np.zeros(0), 1)
     write_json(second.here.plan, {"tasks": [payload]})
     result = label(second, 0, frames, payload)
     second.here.outcomes.mkdir()

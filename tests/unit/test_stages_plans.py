@@ -6,16 +6,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ase.build import bulk
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.config.campaign import Campaign
+from hpcft.labelling.cost import Floats
 from hpcft.stages.context import StageContext
-from hpcft.stages.label_tasks import shards
+from hpcft.stages.label_plan import shards
 from hpcft.stages.registry import stage_named
-from hpcft.stages.sharing import every, numbers_of, share_out
+from hpcft.stages.sharing import numbers_of, share_of, share_out, work_of
 from hpcft.storage.atomic import write_json
 from hpcft.storage.campaign_folder import STAGES, CampaignFolder
 from hpcft.storage.structures import write_structures
@@ -44,21 +46,46 @@ def test_every_replica_has_one_task_and_no_task_has_two_more_than_another(count:
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-@given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 20))
-def test_every_frame_and_relaxation_has_one_shard_and_no_shard_two_items_more_than_another(
-    num_frames: int, num_relaxations: int, count: int
+costs = st.lists(st.floats(0.01, 100.0), max_size=60).map(np.array)
+
+
+@given(costs, costs, st.integers(1, 20))
+def test_every_frame_and_relaxation_has_one_shard_and_the_dearest_of_a_shard_come_first(
+    frames_s: Floats, relaxations_s: Floats, count: int
 ) -> None:
-    dealt = shards(num_frames, num_relaxations, count)
-    frames, relaxations = ([numbers_of(shard[kind]) for shard in dealt] for kind in ("frames", "relaxations"))
-    assert sorted(i for shard in frames for i in shard) == list(range(num_frames))
-    assert sorted(i for shard in relaxations for i in shard) == list(range(num_relaxations))
-    sizes = [len(some) + len(others) for some, others in zip(frames, relaxations, strict=True)]
-    assert len(sizes) == max(1, min(count, num_frames + num_relaxations))
-    assert max(sizes) - min(sizes) <= 1
+    dealt = shards(frames_s, relaxations_s, count)
+    work = [item for shard in dealt for item in work_of(shard)]
+    assert sorted(i for kind, i in work if kind == "frames") == list(range(len(frames_s)))
+    assert sorted(i for kind, i in work if kind == "relaxations") == list(range(len(relaxations_s)))
+    assert len(dealt) == max(1, min(count, len(frames_s) + len(relaxations_s)))
+    for shard in dealt:
+        for kind, cost_s in (("frames", frames_s), ("relaxations", relaxations_s)):
+            dear = [cost_s[i] for i in numbers_of(shard[kind])]
+            assert dear == sorted(dear, reverse=True)
+        assert [kind for kind, _ in work_of(shard)] == sorted(
+            (kind for kind, _ in work_of(shard)), reverse=True
+        )
 
 
-def test_a_plan_of_a_million_items_is_no_longer_than_one_of_ten() -> None:
-    few, many = shards(10, 0, 4), shards(1_000_000, 0, 4)
+@given(st.lists(st.integers(0, 50)), st.integers(0, 10), st.integers(1, 9), st.integers(0, 20))
+def test_numbers_are_read_back_from_a_plan_in_their_order(
+    numbers: list[int], first: int, step: int, length: int
+) -> None:
+    for some in (
+        numbers,
+        [*numbers, *range(first, first + step * length, step)],
+        sorted(numbers, reverse=True),
+    ):
+        assert numbers_of(share_of(some)) == some
+
+
+def test_a_plan_of_older_versions_is_read_in_its_own_order() -> None:
+    old = {"frames": {"first": 1, "stop": 6, "step": 2}, "relaxations": {"first": 0, "stop": 1, "step": 1}}
+    assert work_of(old) == [("frames", 1), ("frames", 3), ("frames", 5), ("relaxations", 0)]
+
+
+def test_a_plan_of_a_million_equal_items_is_no_longer_than_one_of_twenty() -> None:
+    few, many = shards(np.ones(20), np.zeros(0), 4), shards(np.ones(1_000_000), np.zeros(0), 4)
     assert len(json.dumps(many)) - len(json.dumps(few)) == 4 * len("00000")
     assert sum(len(numbers_of(shard["frames"])) for shard in many) == 1_000_000
 
@@ -97,34 +124,27 @@ def plan(folder: CampaignFolder, round_: int, stage: str, **changes: Any) -> lis
     return [dict(payload) for payload in stage_named(stage).plan(context(folder, round_, stage, **changes))]
 
 
-def dealt(frames: int, relaxations: int) -> list[dict[str, Any]]:
-    """Frames and relaxations dealt out to two tasks in turn, the first relaxation to the second task."""
+def dealt(frames: str, relaxations: str, others: str = "", more: str = "") -> list[dict[str, Any]]:
+    """Two tasks with these frames and relaxations, and those."""
+    order = ["relaxations", "frames"]
     return [
-        {"frames": every(frames, task, 2), "relaxations": every(relaxations, 1 - task, 2)} for task in (0, 1)
+        {"frames": frames, "relaxations": relaxations, "order": order},
+        {"frames": others, "relaxations": more, "order": order},
     ]
 
 
 PLANS: list[tuple[int, str, Any]] = [
     (1, "explore", [{"replicas": [0, 1]}, {"replicas": [2]}, {"replicas": [3]}]),
     (1, "select", [{}]),
-    (1, "label", dealt(5, 3)),
-    (2, "label", dealt(5, 0)),
+    (1, "label", dealt("", "0 2", "0:5:1", "1")),
+    (2, "label", dealt("0:6:2", "", "1 3")),
     (1, "train", [{}]),
     (0, "probe", [{"replicas": [0, 1], "relaxations": [0]}, {"replicas": [2, 3], "relaxations": [1]}]),
     (2, "probe", [{"replicas": [0, 1], "relaxations": [0]}, {"replicas": [2, 3], "relaxations": [1]}]),
-    (0, "reference", dealt(3, 2)),
-    (1, "reference", dealt(3, 0)),
+    (0, "reference", dealt("0 2", "0", "1", "1")),
+    (1, "reference", dealt("0 2", "", "1")),
     (0, "evaluate", [{}]),
 ]
-
-
-def test_a_share_is_written_as_first_stop_and_step() -> None:
-    assert dealt(5, 3) == [
-        {"frames": {"first": 0, "stop": 5, "step": 2}, "relaxations": {"first": 1, "stop": 3, "step": 2}},
-        {"frames": {"first": 1, "stop": 5, "step": 2}, "relaxations": {"first": 0, "stop": 3, "step": 2}},
-    ]
-    assert list(numbers_of(dealt(5, 3)[0]["frames"])) == [0, 2, 4]
-    assert list(numbers_of(every(0, 0, 1))) == []
 
 
 @pytest.mark.parametrize(("round_", "stage", "expected"), PLANS)

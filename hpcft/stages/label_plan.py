@@ -1,0 +1,84 @@
+"""Sharding of reference calculations by what they will take, learnt from the labels that the folder has. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from hpcft.labelling.cost import Floats, Seen, cost_model, count_kpoints, deal_out
+from hpcft.labelling.reference import Reference
+from hpcft.labelling.shard import LABELS_FILE, RELAXATIONS_FILE
+from hpcft.stages.context import StageContext
+from hpcft.stages.label_tasks import reference_of
+from hpcft.stages.sharing import share_of
+from hpcft.storage.campaign_folder import CampaignFolder
+from hpcft.storage.structures import Outline, evenly_spread, read_outline
+
+# Ten thousand tasks of earlier rounds tell no more than these, and take long to open.
+_MOST_FILES = 64
+_ORDER = ("relaxations", "frames")
+"""Dearest first, so that no worker is left with a long calculation when the others are done."""
+
+
+def planned(
+    context: StageContext, frames: Sequence[Outline], relaxations: Sequence[Outline]
+) -> list[dict[str, Any]]:
+    """Payloads for label.shards tasks that should end together; frames and relaxations are numbered through all outlines."""
+    reference = reference_of(context)
+    model = cost_model(reference, seen_so_far(context.folder, reference))
+    return shards(
+        _costs(frames, reference, model.single_points),
+        _costs(relaxations, reference, model.relaxations),
+        context.settings.label.shards,
+    )
+
+
+def shards(frames_s: Floats, relaxations_s: Floats, count: int) -> list[dict[str, Any]]:
+    """Payloads by what each item takes; at most `count`, and at least one, so that the stage has a result."""
+    num_relaxations = len(relaxations_s)
+    num_tasks = max(1, min(count, len(frames_s) + num_relaxations))
+    return [
+        {
+            "relaxations": share_of([item for item in items if item < num_relaxations]),
+            "frames": share_of([item - num_relaxations for item in items if item >= num_relaxations]),
+            "order": list(_ORDER),
+        }
+        for items in deal_out(np.concatenate([relaxations_s, frames_s]), num_tasks)
+    ]
+
+
+def seen_so_far(folder: CampaignFolder, reference: Reference) -> Seen:
+    """What the calculations of all stages before have taken, as far as each came to its end at the first try."""
+    steps, rows = [], []
+    for outline in _shards_below(folder, LABELS_FILE, ("wall_s", "found", "rung")):
+        rows.append(_rows(outline, reference, np.ones(len(outline.num_atoms_s))))
+    for outline in _shards_below(folder, RELAXATIONS_FILE, ("wall_s", "found", "rung", "num_steps")):
+        # The start is calculated too.
+        rows.append(_rows(outline, reference, outline.info["num_steps"] + 1.0))
+        steps.append(outline.info["num_steps"] + 1.0)
+    atoms, kpoints, step_s = np.concatenate([np.zeros((3, 0)), *rows], axis=1)
+    return Seen(atoms, kpoints, step_s, np.concatenate([np.zeros(0), *steps]))
+
+
+def _costs(outlines: Sequence[Outline], reference: Reference, cost: Any) -> Floats:
+    found = [cost(o.num_atoms_s, count_kpoints(reference, o.cell_s33, o.pbc_s3)) for o in outlines]
+    return np.concatenate([np.zeros(0), *found])
+
+
+def _shards_below(folder: CampaignFolder, name: str, info: Sequence[str]) -> Iterator[Outline]:
+    paths = sorted(folder.root.glob(f"round-*/*/tasks/*/{name}"))
+    for number in evenly_spread(len(paths), _MOST_FILES) if paths else ():
+        outline = read_outline(paths[number], info)
+        if outline.info.keys() == set(info):
+            yield outline
+
+
+def _rows(outline: Outline, reference: Reference, num_steps: Floats) -> Floats:
+    """Atoms, k-points and seconds of a step, of what was calculated here: [3, S]."""
+    kpoints = count_kpoints(reference, outline.cell_s33, outline.pbc_s3)
+    columns = np.stack([outline.num_atoms_s, kpoints, outline.info["wall_s"] / num_steps])
+    return np.asarray(
+        columns[:, ~outline.info["found"].astype(bool) & (outline.info["rung"] == 0)], dtype=float
+    )

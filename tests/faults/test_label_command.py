@@ -1,0 +1,213 @@
+"""`hpcft label` for real, on this machine: a file of structures in, a file of labels out, through kills and failures."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.io import read, write
+from calculators import lines_of
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tiny import history_of, hpcft, hpcft_to_end, kill, processes_of
+
+Metals = Callable[..., list[Atoms]]
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where commands run; finished calculations are written down in `calls` there."""
+    monkeypatch.setenv("HPCFT_TEST_CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("HPCFT_TEST_LICENCE", str(tmp_path / "licence"))
+    return tmp_path
+
+
+def wish(base: Path, structures: list[Atoms], calculator: str, **more: Any) -> tuple[object, ...]:
+    """The command for these structures and this reference, with the folder `run`."""
+    write(base / "in.extxyz", structures)
+    (base / "ref.yaml").write_text(yaml.safe_dump({"calculator": calculator, "time_limit_s": 60, **more}))
+    return "label", "in.extxyz", "--reference", "ref.yaml", "--dir", "run"
+
+
+def run(base: Path, *arguments: object) -> tuple[int, str]:
+    process = hpcft(*arguments, cwd=base)
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+def sizes(count: int) -> list[Atoms]:
+    """Copper cells of one to three times four atoms, each different, that say which they are."""
+    cells = []
+    for number in range(count):
+        atoms = bulk("Cu", cubic=True).repeat((1 + number % 3, 1, 1))
+        atoms.rattle(0.05, seed=number)
+        atoms.info |= {"config_type": f"cell {number}", "weight": 2.0}
+        cells.append(atoms)
+    return cells
+
+
+def assert_emt_labels(base: Path) -> None:
+    """Every structure of the input, in its order, has EMT's own numbers."""
+    labels = read(base / "run" / "labels.extxyz", ":")
+    for atoms, given in zip(labels, read(base / "in.extxyz", ":"), strict=True):
+        assert np.array_equal(atoms.positions, given.positions)
+        given.calc = EMT()
+        assert atoms.info["REF_energy"] == pytest.approx(given.get_potential_energy(), abs=1e-10)
+        assert atoms.arrays["REF_forces"] == pytest.approx(given.get_forces(), abs=1e-10)
+        assert atoms.info["REF_stress"] == pytest.approx(given.get_stress(), abs=1e-10)
+
+
+def test_every_structure_of_a_file_is_labelled_in_its_place_and_never_again(base: Path) -> None:
+    command = (*wish(base, sizes(14), "calculators.CountingEMT"), "--shards", 3)
+    said = hpcft_to_end(*command, cwd=base)
+    assert re.search(r"done +14\n", said)
+    assert_emt_labels(base)
+    labels = read(base / "run" / "labels.extxyz", ":")
+    assert [atoms.info["config_type"] for atoms in labels] == [f"cell {number}" for number in range(14)]
+    assert len(lines_of(base / "calls")) == 14
+    assert len(json.loads((base / "run/round-000/label/plan.json").read_text())["tasks"]) == 3
+
+    hpcft_to_end(*command, cwd=base)
+    assert len(lines_of(base / "calls")) == 14
+    assert "all is well" in hpcft_to_end("verify", "run", cwd=base)
+    assert hpcft_to_end("status", "run", cwd=base).startswith("in: finished\n")
+    hpcft_to_end("archive", "run", "--out", "run.tar", cwd=base)
+
+
+def test_a_manager_that_is_killed_in_the_middle_is_followed_by_one_that_pays_for_nothing_twice(
+    base: Path,
+) -> None:
+    command = (*wish(base, sizes(60), "calculators.SlowEMT"), "--shards", 2)
+    with (base / "first.log").open("w") as log:
+        manager = hpcft(*command, cwd=base, output=log)
+        while len(lines_of(base / "calls")) < 5 and manager.poll() is None:
+            time.sleep(0.05)
+        kill([manager.pid])
+        assert manager.wait() == -9
+    hpcft_to_end(*command, cwd=base)
+    calls = lines_of(base / "calls")
+    assert len(calls) == len(set(calls)) == 60
+    assert_emt_labels(base)
+
+
+@pytest.mark.nightly
+def test_when_everything_is_killed_only_what_was_in_flight_is_computed_again(base: Path) -> None:
+    command = (*wish(base, sizes(60), "calculators.SlowEMT"), "--shards", 2)
+    with (base / "first.log").open("w") as log:
+        manager = hpcft(*command, cwd=base, output=log)
+        while len(lines_of(base / "calls")) < 10 and manager.poll() is None:
+            time.sleep(0.05)
+        kill([manager.pid, *processes_of(base / "run")])
+        manager.wait()
+    hpcft_to_end(*command, cwd=base)
+    calls = lines_of(base / "calls")
+    assert len(set(calls)) == 60
+    assert len(calls) <= 60 + 2  # one in each task
+    assert_emt_labels(base)
+
+
+def test_failures_are_listed_by_cause_and_tried_again_when_the_user_says_so(
+    base: Path, metals: Metals
+) -> None:
+    structures = metals("Cu", "Au", "Ni", "Au", "Cu")
+    command = (*wish(base, structures, "calculators.LicensedForGoldEMT"), "--shards", 2)
+    status, said = run(base, *command)
+    assert status == 1, said
+    assert re.search(r"failed: \w+ +2\n", said)
+    assert "hpcft resume run" in said
+    done = read(base / "run" / "labels.extxyz", ":")
+    assert [atoms.info["index"] for atoms in done] == [0, 2, 4]
+    failed = read(base / "run" / "failed.extxyz", ":")
+    assert [atoms.info["index"] for atoms in failed] == [1, 3]
+    assert all("no licence for 'Au', says its server" in atoms.info["message"] for atoms in failed)
+    assert "stopped: 2 of 5 reference calculations" in hpcft_to_end("status", "run", cwd=base)
+
+    again, _ = run(base, *command)
+    assert again == 1, "the same command asks for the same, and what has failed has an answer"
+    assert len(lines_of(base / "calls")) == 3
+
+    (base / "licence").touch()
+    (cause,) = {atoms.info["cause"] for atoms in failed}
+    said = hpcft_to_end("retry", "run", "--cause", cause, "--set", "reference.time_limit_s=30", cwd=base)
+    assert "reference.time_limit_s: 60.0 -> 30" in said
+    hpcft_to_end("resume", "run", cwd=base)
+    assert_emt_labels(base)
+    assert len(lines_of(base / "calls")) == 5
+    assert not (base / "run" / "failed.extxyz").exists()
+
+
+@pytest.mark.nightly
+def test_failures_within_the_tolerated_share_end_well(base: Path, metals: Metals) -> None:
+    structures = metals("Cu", "Au", "Ni", "Pt")
+    tolerant = {"label": {"tolerated_failures": 0.25}}
+    said = hpcft_to_end(*wish(base, structures, "calculators.LicensedForGoldEMT", **tolerant), cwd=base)
+    assert re.search(r"failed: \w+ +1\n", said)
+    assert len(read(base / "run" / "labels.extxyz", ":")) == 3
+
+
+def test_a_task_that_is_given_up_does_not_keep_the_others_from_their_labels(
+    base: Path, metals: Metals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code breaks where the machine lacks it, in the one task that comes to its third structure."""
+    monkeypatch.setenv("HPCFT_TEST_ORDERS", str(base / "orders"))
+    (base / "orders").write_text("break 2")
+    structures = metals("Cu", "Ni", "Ag", "Pd")
+    command = (*wish(base, structures, "calculators.ObedientEMT", max_attempts=1), "--shards", 2)
+    status, said = run(base, *command)
+    assert status == 1, said
+    assert "set-aside" in said
+    num_done = len(lines_of(base / "calls"))
+    assert len(read(base / "run" / "labels.extxyz", ":")) == num_done < 4
+    (base / "orders").write_text("go")
+    hpcft_to_end("resume", "run", cwd=base)
+    assert_emt_labels(base)
+    assert len(lines_of(base / "calls")) == 4
+
+
+def test_structures_are_relaxed_to_forces_below_the_criterion(base: Path) -> None:
+    command = (
+        *wish(base, sizes(4), "ase.calculators.emt.EMT"),
+        "--shards",
+        2,
+        "--relax",
+        "--fmax",
+        0.02,
+        "--cell",
+    )
+    hpcft_to_end(*command, cwd=base)
+    relaxed = read(base / "run" / "relaxed.extxyz", ":")
+    for atoms, start in zip(relaxed, read(base / "in.extxyz", ":"), strict=True):
+        assert np.allclose(atoms.arrays["start_positions"], start.positions, rtol=0, atol=1e-12)
+        atoms.calc = EMT()
+        assert np.linalg.norm(atoms.get_forces(), axis=1).max() < 0.02
+        assert atoms.get_potential_energy() == pytest.approx(atoms.info["REF_energy"], abs=1e-9)
+        assert abs(atoms.get_stress()).max() < 0.02
+    frames = read(base / "run" / "frames.extxyz", ":")
+    places = [(atoms.info["index"], atoms.info["step"]) for atoms in frames]
+    assert places == sorted(set(places))
+    for atoms in frames:
+        given, atoms.calc = atoms.arrays["REF_forces"], EMT()
+        assert given == pytest.approx(atoms.get_forces(), abs=1e-9)
+
+
+@pytest.mark.nightly
+def test_a_finished_run_is_computed_again_from_what_is_in_the_label_store_after_a_rewind(base: Path) -> None:
+    command = wish(base, sizes(3), "calculators.CountingEMT")
+    hpcft_to_end(*command, cwd=base)
+    hpcft_to_end("rewind", "run", "--round", 0, "--stage", "label", "--yes", cwd=base)
+    hpcft_to_end("resume", "run", cwd=base)
+    assert len(lines_of(base / "calls")) == 3
+    assert len(history_of(base / "run")) > 0
+    assert_emt_labels(base)
