@@ -73,7 +73,7 @@ class StoredItems(Sequence[Item]):
 
     def __init__(self, path: Path, numbers: Sequence[int], make: Callable[[Atoms], Item]) -> None:
         self._path, self._numbers, self._make = path, numbers, make
-        self._file = StructureFile(path)
+        self._file = StructureFile(path, verify=False)
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcft.labelling.cost import Floats, Seen, cost_model, count_kpoints, deal_out
+from hpcft.labelling.cost import Floats, Ints, Seen, cost_model, count_kpoints, deal_out
 from hpcft.labelling.reference import Reference
 from hpcft.labelling.shard import LABELS_FILE, RELAXATIONS_FILE
 from hpcft.stages.context import StageContext
@@ -23,29 +23,52 @@ _ORDER = ("relaxations", "frames")
 
 
 def planned(
-    context: StageContext, frames: Sequence[Outline], relaxations: Sequence[Outline]
+    context: StageContext,
+    frames: Sequence[Outline],
+    relaxations: Sequence[Outline],
+    first_equals: Ints | None = None,
 ) -> list[dict[str, Any]]:
-    """Payloads for label.shards tasks that should end together; frames and relaxations are numbered through all outlines."""
+    """Payloads for label.shards tasks that should end together; frames and relaxations are numbered through all outlines.
+
+    `first_equals`, see `shards`.
+    """
     reference = reference_of(context)
     model = cost_model(reference, seen_so_far(context.folder, reference))
     return shards(
         _costs(frames, reference, model.single_points),
         _costs(relaxations, reference, model.relaxations),
         context.settings.label.shards,
+        first_equals,
     )
 
 
-def shards(frames_s: Floats, relaxations_s: Floats, count: int) -> list[dict[str, Any]]:
-    """Payloads by what each item takes; at most `count`, and at least one, so that the stage has a result."""
+def shards(
+    frames_s: Floats, relaxations_s: Floats, count: int, first_equals: Ints | None = None
+) -> list[dict[str, Any]]:
+    """Payloads by what each item takes; at most `count`, and at least one, so that the stage has a result.
+
+    `first_equals` gives for each item, relaxations first, the number of the first that is equal to it: equal ones go to one
+    task, which computes one of them.
+    """
     num_relaxations = len(relaxations_s)
-    num_tasks = max(1, min(count, len(frames_s) + num_relaxations))
+    costs_s = np.concatenate([relaxations_s, frames_s])
+    firsts = np.arange(len(costs_s)) if first_equals is None else first_equals
+    unique = np.unique(firsts)
+    equals: dict[int, list[int]] = {}
+    for item in np.flatnonzero(firsts != np.arange(len(costs_s))).tolist():
+        equals.setdefault(int(firsts[item]), []).append(item)
+    dealt = deal_out(costs_s[unique], max(1, min(count, len(unique))))
+    tasks = [
+        [item for number in numbers for item in (int(unique[number]), *equals.get(int(unique[number]), ()))]
+        for numbers in dealt
+    ]
     return [
         {
             "relaxations": share_of([item for item in items if item < num_relaxations]),
             "frames": share_of([item - num_relaxations for item in items if item >= num_relaxations]),
             "order": list(_ORDER),
         }
-        for items in deal_out(np.concatenate([relaxations_s, frames_s]), num_tasks)
+        for items in tasks
     ]
 
 

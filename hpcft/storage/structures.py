@@ -11,8 +11,10 @@ Results of a calculator are not stored: a label is what stands under REF_*.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +175,12 @@ def _read_span(
 class StructureFile:
     """A file of `write_structures` of any size, read in pieces: it holds the sizes of the structures, not the structures.
 
-    The whole file is compared with its seal here (DamagedFile), once. It may be used after fork and may be pickled; see
-    LazyFile.
+    The whole file is compared with its seal here (DamagedFile), once, unless `verify` is False: of many tasks that read a
+    share each, none must read it all. It may be used after fork and may be pickled; see LazyFile.
     """
 
-    def __init__(self, path: Path) -> None:
-        with open_file(path, "structures", verify=True) as file:
+    def __init__(self, path: Path, *, verify: bool = True) -> None:
+        with open_file(path, "structures", verify=verify) as file:
             self._offsets = file["offsets"][()]
             self._missing = {decode_name(name): node[()] for name, node in file["missing"].items()}
             self.info_keys = frozenset(map(decode_name, file["info"]))
@@ -233,6 +235,21 @@ def read_outline(path: Path, info: Sequence[str] = ()) -> Outline:
             pbc_s3=file["pbc"][()],
             info={name: file["info"][key][()] for name, key in columns.items() if key in file["info"]},
         )
+
+
+def read_first_equals(path: Path) -> Array:
+    """For each structure of a file of `write_structures` the number of the first that has the same atoms, cell and arrays. [S]"""
+    with open_file(path, "structures") as file:
+        offsets = file["offsets"][()]
+        per_atom = [node[()] for node in (file["numbers"], file["positions"], *file["arrays"].values())]
+        per_structure = [file[name][()] for name in ("cell", "pbc")]
+    first: dict[bytes, int] = {}
+    found = np.arange(len(offsets) - 1)
+    for index, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        rows = [*(values[start:stop] for values in per_atom), *(values[index] for values in per_structure)]
+        digest = hashlib.sha256(b"".join(np.ascontiguousarray(row).tobytes() for row in rows)).digest()
+        found[index] = first.setdefault(digest, index)
+    return found
 
 
 def read_texts(path: Path) -> list[dict[str, str]]:

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from ase.build import bulk, molecule
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcft.labelling.cost import CostModel, Floats, Seen, cost_model, count_kpoints, deal_out
 from hpcft.labelling.reference import Reference
+from hpcft.stages.label_plan import shards
+from hpcft.stages.sharing import numbers_of
 
 EMT = Reference("ase.calculators.emt.EMT")
 ESPRESSO = Reference("ase.calculators.espresso.Espresso")
@@ -37,6 +39,7 @@ def test_a_skewed_mix_is_done_far_earlier_than_when_it_is_dealt_out_in_turn() ->
     assert makespan(cost_s, in_turn) > 1.3 * best
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.1, 1000.0), min_size=1, max_size=9), st.integers(1, 3))
 def test_no_task_ends_later_than_four_thirds_of_the_best_that_is_possible(
     costs: list[float], num_tasks: int
@@ -153,3 +156,13 @@ def test_k_points_agree_with_the_meshes_of_ase() -> None:
     assert kpoints({"kspacing": 0.043, "input_data": {}}, *structures) == spacings
     densities = [int(np.prod(kptdensity2monkhorstpack(atoms, 2.9, even=False))) for atoms in structures]
     assert kpoints({"kpts": {"density": 2.9}}, *structures) == densities
+
+
+def test_equal_structures_go_to_one_task_whatever_they_cost() -> None:
+    first_equals = np.array([0, 1, 0, 3, 1, 0])
+    payloads = shards(np.array([5.0, 4, 5, 3, 4, 5]), np.zeros(0), 2, first_equals)
+    tasks = [list(numbers_of(payload["frames"])) for payload in payloads]
+    assert sorted(number for numbers in tasks for number in numbers) == list(range(6))
+    assert {0, 2, 5} in [
+        set(numbers) for numbers in tasks
+    ]  # paid for once, so the rest goes to the other task
