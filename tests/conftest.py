@@ -1,4 +1,4 @@
-"""How the tests are spread over processes (pytest-xdist, see tests/run)."""
+"""What holds for all tests, and how they are spread over processes (pytest-xdist, see tests/run)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says something of the machine, nothing of the code.
+settings.register_profile("hpcft", deadline=None)
+settings.load_profile("hpcft")
 
 
 @functools.cache

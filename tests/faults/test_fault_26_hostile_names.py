@@ -141,7 +141,7 @@ texts = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.dictionaries(
         st.sampled_from(["partition", "account", "qos", "constraint", "wckey", "option", "srun", "value"]),

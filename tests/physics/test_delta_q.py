@@ -58,7 +58,7 @@ def test_drift_counts_where_a_direction_is_open() -> None:
     assert distance(slab, moved(slab, (0, [6.0, -12.0, 0.0]))) == pytest.approx(0.0, abs=1e-5)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1), skewed=st.booleans())
 def test_translations_and_lattice_vectors_change_nothing_in_a_periodic_cell(seed: int, skewed: bool) -> None:
     random = np.random.default_rng(seed)
@@ -111,7 +111,7 @@ def test_the_gradient_stays_finite_where_two_structures_coincide(make_alloy: Cal
     assert torch.isfinite(gradient).all()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_vectors_shorter_than_half_the_cells_width_come_back_from_any_image(seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -163,7 +163,7 @@ def test_a_pure_strain_is_a_distance_of_cells_and_none_of_atoms(make_alloy: Call
     assert float(cell_distance(graph.cell_b33, there)) == pytest.approx(expected, rel=1e-6)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_how_a_cell_is_turned_does_not_count(seed: int) -> None:
     random = np.random.default_rng(seed)

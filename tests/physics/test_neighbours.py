@@ -44,7 +44,7 @@ def pairs_of(graph: Graph) -> list[Pair]:
     return sorted(tuple(row) for row in edges.tolist())  # type: ignore[misc]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
     count=st.integers(1, 6),

@@ -219,7 +219,7 @@ def pairs_of(graph: Graph) -> list[tuple[int, ...]]:
     return sorted(tuple(row) for row in edges.tolist())
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
     strain=st.floats(0.0, 0.2),

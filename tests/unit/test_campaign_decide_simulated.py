@@ -229,7 +229,7 @@ bounds = st.builds(
 capacities = st.sampled_from([10**6, 1, 2, 3])
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(counts, scripts, bounds, st.integers(0, 2), capacities, few)
 @example([1, 1, 1, 1], [], Limits(max_attempts=1, max_running=1), 0, 1, 1)
 def test_a_campaign_on_a_faulty_machine_runs_no_task_twice_and_ends_with_all_results_or_a_justified_stop(
@@ -248,7 +248,7 @@ def test_a_campaign_on_a_faulty_machine_runs_no_task_twice_and_ends_with_all_res
         assert not any(stage.set_aside for stage in machine.stages)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(counts, scripts, bounds, capacities, few)
 def test_a_user_who_resumes_often_enough_comes_to_the_end(
     num_tasks: list[int], script: list[int], limits: Limits, capacity: int, max_submitted: int | None

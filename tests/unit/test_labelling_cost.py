@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ase.build import bulk, molecule
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpcft.labelling.cost import CostModel, Floats, Seen, cost_model, count_kpoints, deal_out
@@ -39,7 +39,6 @@ def test_a_skewed_mix_is_done_far_earlier_than_when_it_is_dealt_out_in_turn() ->
     assert makespan(cost_s, in_turn) > 1.3 * best
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0.1, 1000.0), min_size=1, max_size=9), st.integers(1, 3))
 def test_no_task_ends_later_than_four_thirds_of_the_best_that_is_possible(
     costs: list[float], num_tasks: int
