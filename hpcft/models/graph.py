@@ -14,6 +14,8 @@ from ase import Atoms
 from matscipy.neighbours import neighbour_list
 from torch import Tensor
 
+from hpcft.models.gpu_neighbours import edges_where_they_are
+
 # Side of the box of a neighbour search where nothing repeats, in cutoffs.
 _LARGEST_BOX = 40.0
 
@@ -213,6 +215,8 @@ def build_graph(
 
 def rebuild_edges(graph: Graph, cutoff: float) -> Graph:
     """The same structures with a new neighbour list for where the atoms are now (positions keep their gradient)."""
+    if graph.positions_n3.is_cuda and (found := edges_where_they_are(graph, cutoff)) is not None:
+        return replace(graph, senders_e=found[0], receivers_e=found[1], shifts_e3=found[2])
     positions = graph.positions_n3.detach().to("cpu", torch.float64).numpy()
     cells = graph.cell_b33.detach().to("cpu", torch.float64).numpy()
     periodic = graph.periodic_b3.cpu().numpy()
