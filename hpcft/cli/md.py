@@ -15,6 +15,8 @@ from hpcft.cli.train import use_threads
 from hpcft.errors import UserError
 
 if TYPE_CHECKING:
+    from ase import Atoms
+
     from hpcft.md import Dynamics, Ramp
     from hpcft.md.run import MdRequest
     from hpcft.models.protocol import Potential
@@ -84,6 +86,20 @@ def md(
             help="Stop a replica where the committee's forces spread further, eV/Å.", show_default=False
         ),
     ] = None,
+    q_reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Structures that the model was trained on: how far each frame is from them (Q-residual).",
+            show_default=False,
+        ),
+    ] = None,
+    max_q_residual: Annotated[
+        float | None,
+        typer.Option(
+            help="Stop a replica with an atom farther out; 1: as far as the farthest of --q-reference.",
+            show_default=False,
+        ),
+    ] = None,
     batch_atoms: Annotated[
         int | None,
         typer.Option(
@@ -107,6 +123,7 @@ def md(
     from hpcft.md.run import MdRequest
     from hpcft.models.committee import SPREAD
     from hpcft.models.files import sha256_of
+    from hpcft.selection.q_residual import Q_RESIDUAL
     from hpcft.storage.structures import read_any
 
     positive = {"timestep": timestep, "thermostat-fs": thermostat_fs, "barostat-fs": barostat_fs}
@@ -115,6 +132,10 @@ def md(
             raise UserError(f"--{name} is {value}; it must be positive")
     if max_spread is not None and not committee:
         raise UserError("--max-spread is how far a committee may spread; name more models with --committee")
+    if max_q_residual is not None and q_reference is None:
+        raise UserError(
+            "--max-q-residual is how far from the training structures a replica may go; name them with --q-reference"
+        )
     thermostat, barostat = ENSEMBLES[ensemble.value]
     dynamics = Dynamics(
         _ramp(temperature, steps, "temperature", lowest=0.0),
@@ -130,16 +151,24 @@ def md(
     guards = Guards(
         max_temperature_K=max_temperature or 5 * hottest or math.inf,
         min_distance=min_distance,
-        max_observed={} if max_spread is None else {SPREAD: max_spread},
+        max_observed={
+            name: most for name, most in ((SPREAD, max_spread), (Q_RESIDUAL, max_q_residual)) if most is not None
+        },
     )
     models = [model_file, *(committee or [])]
-    about = {"models_sha256": [sha256_of(path) for path in models], "mean_forces": mean_forces}
+    about: dict[str, Any] = {
+        "models_sha256": [sha256_of(path) for path in models],
+        "mean_forces": mean_forces,
+    }
+    known = None if q_reference is None else read_any(q_reference)
+    if q_reference is not None:
+        about["q_reference_sha256"] = sha256_of(q_reference)
     request = MdRequest(
         read_any(structures_file), output, Stretch(steps, frame_every, segment_frames), dynamics, guards,
         copies, rattle, strain, seed, batch_atoms, {**about, "precision": precision.value},
     )  # fmt: skip
     rank = rank_of_launcher()
-    _run(request, models, mean_forces, device, precision, rank)
+    _run(request, models, mean_forces, known, device, precision, rank)
 
 
 def _ramp(text: str, steps: int, name: str, lowest: float) -> float | Ramp:
@@ -155,13 +184,22 @@ def _ramp(text: str, steps: int, name: str, lowest: float) -> float | Ramp:
 
 
 def _run(
-    request: MdRequest, models: Sequence[Path], mean: bool, device: Device, precision: Precision, rank: Rank
+    request: MdRequest,
+    models: Sequence[Path],
+    mean: bool,
+    known: Sequence[Atoms] | None,
+    device: Device,
+    precision: Precision,
+    rank: Rank,
 ) -> None:
     from rich.console import Console
 
     from hpcft.md.run import run_md
     from hpcft.md.starts import warnings_of
+    from hpcft.md.simulation import together
     from hpcft.models.allocator import keep_freed_memory
+    from hpcft.models.committee import Committee
+    from hpcft.selection.q_residual import q_observer, space_of_structures
 
     keep_freed_memory()
     use_threads(rank)
@@ -175,7 +213,13 @@ def _run(
         if rank.is_first:
             console.print(f"segment {done} of {of}", soft_wrap=True)
 
-    observe = getattr(potential, "observe", None)
+    observers = [potential.observe] if isinstance(potential, Committee) else []
+    if known is not None:
+        space = space_of_structures(potential, known)
+        observers.append(q_observer(potential, space))
+        if rank.is_first:
+            console.print(space.told, soft_wrap=True)
+    observe = together(observers) if observers else None
     trajectory = run_md(request, potential, rank, observe, on_segment)
     if rank.is_first and _show(console, trajectory, request.dynamics):
         raise typer.Exit(1)

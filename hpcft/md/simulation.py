@@ -23,6 +23,15 @@ AT_STOP = "at_stop"
 _FIXED = {"step", "time_fs", "positions", "velocities", "forces", "cell", "energy", "temperature"}
 
 
+def together(observers: Sequence[Observe]) -> Observe:
+    """All that several observers see of a frame."""
+
+    def observe(graph: Graph) -> dict[str, np.ndarray]:
+        return {name: values for one in observers for name, values in one(graph).items()}
+
+    return observe
+
+
 @dataclass
 class _Recorder:
     """Frames of one replica while a segment runs."""

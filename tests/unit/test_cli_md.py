@@ -181,6 +181,36 @@ def test_a_committee_says_how_far_it_spreads_and_stops_where_it_is_unsure(
         assert trajectory.array(0, "at_stop").tolist() == [False] * (len(last) - 1) + [True]
 
 
+def test_it_says_how_far_frames_are_from_what_is_known_and_stops_beyond_a_limit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cool dynamics is the reference of hot dynamics: explore until the model is unsure."""
+    assert in_this_process(folder, monkeypatch, capsys, *BASIC, "-o", "cool")[0] == 0
+    with Trajectory(folder / "cool" / "trajectory.h5") as trajectory:
+        write(folder / "known.extxyz", [atoms for replica in trajectory for atoms in trajectory[replica]])
+    reference = ("--q-reference", "known.extxyz")
+    assert in_this_process(folder, monkeypatch, capsys, *BASIC, *reference, "-o", "again")[0] == 0
+    with Trajectory(folder / "again" / "trajectory.h5") as trajectory:
+        within = trajectory.array(1, "q_residual")
+    assert 0 < within.max() < 1.01  # the same frames
+    hot = (*BASIC, *reference, "--temperature", "3000")
+    code, said, error = in_this_process(folder, monkeypatch, capsys, *hot, "-o", "hot")
+    assert code == 0, error
+    assert "principal components of 96 atoms" in said
+    with Trajectory(folder / "hot" / "trajectory.h5") as trajectory:
+        residuals = trajectory.array(1, "q_residual")
+        assert trajectory.frame(1, -1).info["q_residual"] == residuals[-1]
+    assert residuals.max() > 3
+    limit = ("--max-q-residual", "2")
+    code, said, _ = in_this_process(folder, monkeypatch, capsys, *hot, *limit, "-o", "stopped")
+    assert code == 1 and "q_residual" in said
+    with Trajectory(folder / "stopped" / "trajectory.h5") as trajectory:
+        last = trajectory.array(1, "q_residual")
+        assert last[-1] > 2 >= last[:-1].max(initial=0)
+        assert trajectory.array(1, "at_stop").tolist() == [False] * (len(last) - 1) + [True]
+        assert str(trajectory.checkpoint()["0001"]["stopped"]) == "q_residual"
+
+
 def test_bad_input_is_refused_before_anything_runs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,6 +231,7 @@ def test_bad_input_is_refused_before_anything_runs(
         ([crystal], ("--temperature", "-3"), "--temperature is -3"),
         ([crystal], ("--timestep", "0"), "--timestep is 0"),
         ([crystal], ("--max-spread", "0.1"), "--committee"),
+        ([crystal], ("--max-q-residual", "2"), "--q-reference"),
         ([crystal], ("--model", "in.extxyz"), "in.extxyz"),
     ]
     for structures, options, message in cases:
