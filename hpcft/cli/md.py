@@ -66,6 +66,20 @@ def md(
     rattle: Annotated[float, typer.Option(min=0, help="Of the start positions, Å.")] = 0.0,
     strain: Annotated[float, typer.Option(min=0, help="Of the start cells.")] = 0.0,
     frame_every: Annotated[int, typer.Option(min=1, help="Steps between two stored frames.")] = 10,
+    velocities_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Steps between two frames with velocities. Default: all have them.",
+            show_default=False,
+        ),
+    ] = None,
+    forces_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Steps between two frames with forces. Default: all have them.", show_default=False
+        ),
+    ] = None,
     segment_frames: Annotated[
         int, typer.Option(min=1, help="Frames that are committed at once: a kill loses at most these.")
     ] = 100,
@@ -152,7 +166,9 @@ def md(
         max_temperature_K=max_temperature or 5 * hottest or math.inf,
         min_distance=min_distance,
         max_observed={
-            name: most for name, most in ((SPREAD, max_spread), (Q_RESIDUAL, max_q_residual)) if most is not None
+            name: most
+            for name, most in ((SPREAD, max_spread), (Q_RESIDUAL, max_q_residual))
+            if most is not None
         },
     )
     models = [model_file, *(committee or [])]
@@ -166,9 +182,20 @@ def md(
     request = MdRequest(
         read_any(structures_file), output, Stretch(steps, frame_every, segment_frames), dynamics, guards,
         copies, rattle, strain, seed, batch_atoms, {**about, "precision": precision.value},
+        _intervals(frame_every, velocities=velocities_every, forces=forces_every),
     )  # fmt: skip
     rank = rank_of_launcher()
     _run(request, models, mean_forces, known, device, precision, rank)
+
+
+def _intervals(frame_every: int, **wanted: int | None) -> dict[str, int]:
+    """Of what not all frames have: the steps between two that have it."""
+    for name, steps in wanted.items():
+        if steps is not None and steps % frame_every:
+            raise UserError(
+                f"--{name}-every is {steps}, and a frame is stored every {frame_every} steps; name a multiple of that"
+            )
+    return {name: steps for name, steps in wanted.items() if steps is not None and steps > frame_every}
 
 
 def _ramp(text: str, steps: int, name: str, lowest: float) -> float | Ramp:
@@ -195,8 +222,8 @@ def _run(
     from rich.console import Console
 
     from hpcft.md.run import run_md
-    from hpcft.md.starts import warnings_of
     from hpcft.md.simulation import together
+    from hpcft.md.starts import warnings_of
     from hpcft.models.allocator import keep_freed_memory
     from hpcft.models.committee import Committee
     from hpcft.selection.q_residual import q_observer, space_of_structures

@@ -99,9 +99,7 @@ def space_of_structures(potential: Potential, structures: Sequence[Atoms]) -> Pr
     return principal_space(torch.cat(features))
 
 
-def q_observer(
-    potential: Potential, space: PrincipalSpace
-) -> Callable[[Graph], dict[str, np.ndarray]]:
+def q_observer(potential: Potential, space: PrincipalSpace) -> Callable[[Graph], dict[str, np.ndarray]]:
     """What molecular dynamics writes down with each frame, by the model that the space is of."""
     return lambda graph: {Q_RESIDUAL: space.largest_b(potential.descriptors(graph), graph)}
 

@@ -39,9 +39,7 @@ def test_it_holds_matscipys_pairs_in_cells_of_all_kinds(dtype: torch.dtype) -> N
         for count in random.integers(1, 7, 3):
             cell = np.eye(3) * random.uniform(2.5, 7.0, 3) + random.uniform(-1.2, 1.2, (3, 3))
             positions = random.uniform(-9.0, 9.0, (count, 3))
-            structures.append(
-                Atoms("Cu" * count, positions=positions, cell=cell, pbc=random.random(3) < 0.5)
-            )
+            structures.append(Atoms("Cu" * count, positions=positions, cell=cell, pbc=random.random(3) < 0.5))
         cutoff = random.uniform(1.0, 6.0)
         graph = build_graph(structures, cutoff, dtype=dtype)
         assert pairs_of(with_edges_of_library(graph, cutoff)) == pairs_of(graph)
@@ -59,7 +57,9 @@ def test_a_crystal_under_great_pressure_loses_no_pair() -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("break_it", [lambda a: a.set_cell(None), lambda a: a.positions.__setitem__(0, np.nan)])
+@pytest.mark.parametrize(
+    "break_it", [lambda a: a.set_cell(None), lambda a: a.positions.__setitem__(0, np.nan)]
+)
 def test_what_it_cannot_bin_is_left_to_matscipy(break_it: Callable[[Atoms], None]) -> None:
     crystal, broken = bulk("Cu", cubic=True), bulk("Cu", cubic=True)
     broken.pbc = False

@@ -89,6 +89,23 @@ def test_it_leaves_a_trajectory_and_a_table(
     assert (folder / "out" / "trajectory.h5").read_bytes() == before
 
 
+def test_velocities_and_forces_are_kept_as_often_as_was_asked_and_the_run_is_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    often = ("--velocities-every", "20", "--forces-every", "10")
+    assert in_this_process(folder, monkeypatch, capsys, *BASIC, "-o", "all")[0] == 0
+    assert in_this_process(folder, monkeypatch, capsys, *BASIC, *often, "-o", "some")[0] == 0
+    everything, some = (frames(folder / name / "trajectory.h5") for name in ("all", "some"))
+    steps = everything["0 step"]
+    for name, values in everything.items():
+        every = {"velocities": 20, "forces": 10}.get(name.split()[1], 1)
+        kept = steps % every == 0
+        np.testing.assert_array_equal(some[name][kept], values[kept], err_msg=name)
+        assert every == 1 or np.isnan(some[name][~kept]).all()
+    code, _, error = in_this_process(folder, monkeypatch, capsys, *BASIC, "--forces-every", "20", "-o", "some")
+    assert code == 2 and "holds another run (its every differ" in error
+
+
 def test_a_cell_under_pressure_shrinks_and_its_volume_is_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,6 +249,7 @@ def test_bad_input_is_refused_before_anything_runs(
         ([crystal], ("--timestep", "0"), "--timestep is 0"),
         ([crystal], ("--max-spread", "0.1"), "--committee"),
         ([crystal], ("--max-q-residual", "2"), "--q-reference"),
+        ([crystal], ("--forces-every", "7"), "--forces-every is 7, and a frame is stored every 5 steps"),
         ([crystal], ("--model", "in.extxyz"), "in.extxyz"),
     ]
     for structures, options, message in cases:

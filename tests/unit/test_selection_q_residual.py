@@ -85,5 +85,5 @@ def test_a_reference_without_atoms_or_with_a_foreign_element_is_refused_by_its_n
     potential = MorsePotential([29], cutoff=4.0).double()
     with pytest.raises(UserError, match="no atom to make the space"):
         space_of_structures(potential, [Atoms()])
-    with pytest.raises(UserError, match="structure 1 .* holds Au, which the model does not know"):
+    with pytest.raises(UserError, match=r"structure 1 .* holds Au, which the model does not know"):
         space_of_structures(potential, [bulk("Cu"), bulk("Au")])
