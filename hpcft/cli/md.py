@@ -221,6 +221,7 @@ def _run(
 ) -> None:
     from rich.console import Console
 
+    from hpcft.md import Observe
     from hpcft.md.run import run_md
     from hpcft.md.simulation import together
     from hpcft.md.starts import warnings_of
@@ -240,7 +241,7 @@ def _run(
         if rank.is_first:
             console.print(f"segment {done} of {of}", soft_wrap=True)
 
-    observers = [potential.observe] if isinstance(potential, Committee) else []
+    observers: list[Observe] = [potential.observe] if isinstance(potential, Committee) else []
     if known is not None:
         space = space_of_structures(potential, known)
         observers.append(q_observer(potential, space))

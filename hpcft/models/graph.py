@@ -148,7 +148,7 @@ class Graph:
             if to_gpu:
                 tensor = tensor.pin_memory()
             moved[name] = tensor.to(device=device, non_blocking=to_gpu)
-        return Graph(**moved)
+        return replace(self, **moved, known=None)
 
 
 def find_edges(

@@ -34,7 +34,7 @@ _CHUNK_BYTES = 1 << 16
 
 # Each chunk is compared when it is read, by whatever program. The cache is for the chunk that is being filled:
 # HDF5's own default is 8 MiB for each of thousands of datasets.
-_CHECKED = {"fletcher32": True, "rdcc_nbytes": 1 << 19}
+_CHECKED: dict[str, Any] = {"fletcher32": True, "rdcc_nbytes": 1 << 19}
 
 
 def consolidate(segments: Sequence[Path], final: Path, provenance: Mapping[str, Any]) -> None:
@@ -97,7 +97,7 @@ class _ReplicaWriter:
         for name, values in first.observables.items():
             self._create_element(root, name, layout.observable_path(name), None, values)
         # Equal rows pack to almost nothing; on what changes, gzip takes 20 times longer and saves a fifth.
-        packed = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+        packed: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
         for name, (path, unit) in layout.STATIC.items():
             self._create_element(root, name, path, unit, getattr(first, name)[None], **packed)
 

@@ -19,8 +19,8 @@ from hpcft.storage.frames import PER_FRAME, STATIC, FrameBlock
 from hpcft.storage.seal import DamagedFile
 from hpcft.storage.tree import Array, blank, decode_name
 
-# For each dataset, of which there are a dozen in each replica: one chunk or a few. HDF5's own default is 8 MiB.
-_CACHE_BYTES = 1 << 19
+# For each dataset, of which there are a dozen in each replica: one chunk as `consolidate` makes them. HDF5's default is 8 MiB.
+_CACHE_BYTES = 1 << 16
 
 _MOST_BYTES_AT_ONCE, _MOST_FRAMES_AT_ONCE = 1 << 20, 1024
 

@@ -99,8 +99,7 @@ def blank(rows: Array) -> NDArray[np.bool_]:
     """Which rows consist of nothing but NaN, [f]: a quantity that was not taken down there."""
     if rows.dtype.kind != "f" or rows.ndim < 2:
         return np.zeros(len(rows), dtype=bool)
-    found: NDArray[np.bool_] = np.isnan(rows).reshape(len(rows), -1).all(axis=1)
-    return found
+    return np.asarray(np.isnan(rows).all(axis=tuple(range(1, rows.ndim))))
 
 
 def write_attributes(group: Any, attributes: Mapping[str, Any]) -> None:

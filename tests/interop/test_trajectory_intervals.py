@@ -84,9 +84,7 @@ def test_a_frame_has_what_was_taken_down_and_says_so_of_the_rest(
 ) -> None:
     with Trajectory(trajectory) as opened:
         whole, half, bare = (opened.frame(11, index) for index in (50, 25, 51))
-    np.testing.assert_allclose(
-        whole.get_velocities() * units.fs, all_of(blocks, "velocities")[50], rtol=1e-6
-    )
+    np.testing.assert_allclose(whole.get_velocities() * units.fs, all_of(blocks, "velocities")[50], rtol=1e-6)
     for frame, index in ((whole, 50), (half, 25)):
         np.testing.assert_array_equal(frame.get_forces(), all_of(blocks, "forces")[index])
     assert not half.has("momenta") and not bare.has("momenta")

@@ -102,7 +102,9 @@ def test_velocities_and_forces_are_kept_as_often_as_was_asked_and_the_run_is_the
         kept = steps % every == 0
         np.testing.assert_array_equal(some[name][kept], values[kept], err_msg=name)
         assert every == 1 or np.isnan(some[name][~kept]).all()
-    code, _, error = in_this_process(folder, monkeypatch, capsys, *BASIC, "--forces-every", "20", "-o", "some")
+    code, _, error = in_this_process(
+        folder, monkeypatch, capsys, *BASIC, "--forces-every", "20", "-o", "some"
+    )
     assert code == 2 and "holds another run (its every differ" in error
 
 
@@ -250,7 +252,7 @@ def test_bad_input_is_refused_before_anything_runs(
         ([crystal], ("--max-spread", "0.1"), "--committee"),
         ([crystal], ("--max-q-residual", "2"), "--q-reference"),
         ([crystal], ("--forces-every", "7"), "--forces-every is 7, and a frame is stored every 5 steps"),
-        ([crystal], ("--model", "in.extxyz"), "in.extxyz"),
+        ([crystal], ("--model", "in.extxyz"), "in.extxyz is no model file"),
     ]
     for structures, options, message in cases:
         write(folder / "in.extxyz", structures)
