@@ -180,11 +180,12 @@ def test_two_ranks_give_the_trajectories_of_one(folder: Path) -> None:
 def test_a_committee_says_how_far_it_spreads_and_stops_where_it_is_unsure(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = (*BASIC, "--temperature", "1500", "--committee", "other.pt")
+    options = (*BASIC, "--temperature", "1500", "--committee", "other.pt", "--q-reference", "in.extxyz")
     code, _, error = in_this_process(folder, monkeypatch, capsys, *options, "-o", "out")
     assert code == 0, error
     with Trajectory(folder / "out" / "trajectory.h5") as trajectory:
         spread = trajectory.array(0, "force_spread")
+        assert (trajectory.array(0, "q_residual") > 1).all()  # all perfect crystals are alike
         assert trajectory.array(0, "committee_energies").shape == (8, 2)
         energies = trajectory.array(0, "committee_energies")[:, 0]
         np.testing.assert_allclose(energies, trajectory.array(0, "potential_energy"), rtol=1e-5)
