@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hpcft.cli.md_table import show_replicas
 from hpcft.cli.relax import Device, Precision
 from hpcft.cli.train import use_threads
 from hpcft.errors import UserError
@@ -17,12 +18,10 @@ from hpcft.errors import UserError
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from hpcft.md import Dynamics, Ramp
+    from hpcft.md import Ramp
     from hpcft.md.run import MdRequest
     from hpcft.models.protocol import Potential
     from hpcft.training.rank import Rank
-
-_MOST_ROWS = 40
 
 
 class Ensemble(StrEnum):
@@ -249,7 +248,7 @@ def _run(
             console.print(space.told, soft_wrap=True)
     observe = together(observers) if observers else None
     trajectory = run_md(request, potential, rank, observe, on_segment)
-    if rank.is_first and _show(console, trajectory, request.dynamics):
+    if rank.is_first and show_replicas(console, trajectory, request.dynamics):
         raise typer.Exit(1)
 
 
@@ -266,42 +265,3 @@ def _load(models: Sequence[Path], mean: bool, device: Device, precision: Precisi
     for member in members:
         as_module(member).requires_grad_(False)
     return members[0] if len(members) == 1 else Committee(members, mean=mean)
-
-
-def _show(console: Any, path: Path, dynamics: Dynamics) -> bool:
-    """A row for each replica; whether one was stopped."""
-    import numpy as np
-    from rich.table import Table
-
-    from hpcft.storage.trajectory import Trajectory
-
-    table = Table(caption="means over the second half of the frames", caption_justify="left")
-    for title in ("replica", "steps", "frames", "T / K", "E / eV"):
-        table.add_column(title, justify="right")
-    under_pressure = dynamics.barostat != "none"
-    if under_pressure:
-        table.add_column("V / Å³", justify="right")
-    table.add_column("stopped by")
-    with Trajectory(path) as trajectory:
-        states = trajectory.checkpoint()
-        for number, state in list(states.items())[:_MOST_ROWS]:
-            replica = int(number)
-            cells = [number, str(int(state["step"]))]
-            if replica in trajectory.replicas:
-                half = slice(trajectory.num_frames(replica) // 2, None)
-                values = [
-                    trajectory.array(replica, name)[half].mean()
-                    for name in ("temperature_K", "potential_energy")
-                ]
-                cells += [str(trajectory.num_frames(replica)), f"{values[0]:.0f}", f"{values[1]:.3f}"]
-                if under_pressure:
-                    volumes = np.abs(np.linalg.det(trajectory.array(replica, "cell")[half]))
-                    cells.append(f"{volumes.mean():.1f}")
-            else:
-                cells += ["0"] + ["–"] * (2 + under_pressure)
-            table.add_row(*cells, str(state["stopped"]))
-    console.print(table)
-    if len(states) > _MOST_ROWS:
-        console.print(f"and {len(states) - _MOST_ROWS} more replicas")
-    console.print(f"trajectory: {path}", soft_wrap=True)
-    return any(str(state["stopped"]) for state in states.values())
