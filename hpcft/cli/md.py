@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hpcft.cli.md_table import show_replicas
 from hpcft.cli.relax import Device, Precision
 from hpcft.cli.train import use_threads
 from hpcft.errors import UserError
 
 if TYPE_CHECKING:
-    from hpcft.md import Dynamics, Ramp
+    from ase import Atoms
+
+    from hpcft.md import Ramp
     from hpcft.md.run import MdRequest
     from hpcft.models.protocol import Potential
     from hpcft.training.rank import Rank
-
-_MOST_ROWS = 40
 
 
 class Ensemble(StrEnum):
@@ -64,6 +65,20 @@ def md(
     rattle: Annotated[float, typer.Option(min=0, help="Of the start positions, Å.")] = 0.0,
     strain: Annotated[float, typer.Option(min=0, help="Of the start cells.")] = 0.0,
     frame_every: Annotated[int, typer.Option(min=1, help="Steps between two stored frames.")] = 10,
+    velocities_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Steps between two frames with velocities. Default: all have them.",
+            show_default=False,
+        ),
+    ] = None,
+    forces_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Steps between two frames with forces. Default: all have them.", show_default=False
+        ),
+    ] = None,
     segment_frames: Annotated[
         int, typer.Option(min=1, help="Frames that are committed at once: a kill loses at most these.")
     ] = 100,
@@ -82,6 +97,20 @@ def md(
         float | None,
         typer.Option(
             help="Stop a replica where the committee's forces spread further, eV/Å.", show_default=False
+        ),
+    ] = None,
+    q_reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Structures that the model was trained on: how far each frame is from them (Q-residual).",
+            show_default=False,
+        ),
+    ] = None,
+    max_q_residual: Annotated[
+        float | None,
+        typer.Option(
+            help="Stop a replica with an atom farther out; 1: as far as the farthest of --q-reference.",
+            show_default=False,
         ),
     ] = None,
     batch_atoms: Annotated[
@@ -107,6 +136,7 @@ def md(
     from hpcft.md.run import MdRequest
     from hpcft.models.committee import SPREAD
     from hpcft.models.files import sha256_of
+    from hpcft.selection.q_residual import Q_RESIDUAL
     from hpcft.storage.structures import read_any
 
     positive = {"timestep": timestep, "thermostat-fs": thermostat_fs, "barostat-fs": barostat_fs}
@@ -115,6 +145,10 @@ def md(
             raise UserError(f"--{name} is {value}; it must be positive")
     if max_spread is not None and not committee:
         raise UserError("--max-spread is how far a committee may spread; name more models with --committee")
+    if max_q_residual is not None and q_reference is None:
+        raise UserError(
+            "--max-q-residual is how far from the training structures a replica may go; name them with --q-reference"
+        )
     thermostat, barostat = ENSEMBLES[ensemble.value]
     dynamics = Dynamics(
         _ramp(temperature, steps, "temperature", lowest=0.0),
@@ -130,16 +164,37 @@ def md(
     guards = Guards(
         max_temperature_K=max_temperature or 5 * hottest or math.inf,
         min_distance=min_distance,
-        max_observed={} if max_spread is None else {SPREAD: max_spread},
+        max_observed={
+            name: most
+            for name, most in ((SPREAD, max_spread), (Q_RESIDUAL, max_q_residual))
+            if most is not None
+        },
     )
     models = [model_file, *(committee or [])]
-    about = {"models_sha256": [sha256_of(path) for path in models], "mean_forces": mean_forces}
+    about: dict[str, Any] = {
+        "models_sha256": [sha256_of(path) for path in models],
+        "mean_forces": mean_forces,
+    }
+    known = None if q_reference is None else read_any(q_reference)
+    if q_reference is not None:
+        about["q_reference_sha256"] = sha256_of(q_reference)
     request = MdRequest(
         read_any(structures_file), output, Stretch(steps, frame_every, segment_frames), dynamics, guards,
         copies, rattle, strain, seed, batch_atoms, {**about, "precision": precision.value},
+        _intervals(frame_every, velocities=velocities_every, forces=forces_every),
     )  # fmt: skip
     rank = rank_of_launcher()
-    _run(request, models, mean_forces, device, precision, rank)
+    _run(request, models, mean_forces, known, device, precision, rank)
+
+
+def _intervals(frame_every: int, **wanted: int | None) -> dict[str, int]:
+    """Of what not all frames have: the steps between two that have it."""
+    for name, steps in wanted.items():
+        if steps is not None and steps % frame_every:
+            raise UserError(
+                f"--{name}-every is {steps}, and a frame is stored every {frame_every} steps; name a multiple of that"
+            )
+    return {name: steps for name, steps in wanted.items() if steps is not None and steps > frame_every}
 
 
 def _ramp(text: str, steps: int, name: str, lowest: float) -> float | Ramp:
@@ -155,13 +210,23 @@ def _ramp(text: str, steps: int, name: str, lowest: float) -> float | Ramp:
 
 
 def _run(
-    request: MdRequest, models: Sequence[Path], mean: bool, device: Device, precision: Precision, rank: Rank
+    request: MdRequest,
+    models: Sequence[Path],
+    mean: bool,
+    known: Sequence[Atoms] | None,
+    device: Device,
+    precision: Precision,
+    rank: Rank,
 ) -> None:
     from rich.console import Console
 
+    from hpcft.md import Observe
     from hpcft.md.run import run_md
+    from hpcft.md.simulation import together
     from hpcft.md.starts import warnings_of
     from hpcft.models.allocator import keep_freed_memory
+    from hpcft.models.committee import Committee
+    from hpcft.selection.q_residual import q_observer, space_of_structures
 
     keep_freed_memory()
     use_threads(rank)
@@ -175,9 +240,15 @@ def _run(
         if rank.is_first:
             console.print(f"segment {done} of {of}", soft_wrap=True)
 
-    observe = getattr(potential, "observe", None)
+    observers: list[Observe] = [potential.observe] if isinstance(potential, Committee) else []
+    if known is not None:
+        space = space_of_structures(potential, known)
+        observers.append(q_observer(potential, space))
+        if rank.is_first:
+            console.print(space.told, soft_wrap=True)
+    observe = together(observers) if observers else None
     trajectory = run_md(request, potential, rank, observe, on_segment)
-    if rank.is_first and _show(console, trajectory, request.dynamics):
+    if rank.is_first and show_replicas(console, trajectory, request.dynamics):
         raise typer.Exit(1)
 
 
@@ -194,42 +265,3 @@ def _load(models: Sequence[Path], mean: bool, device: Device, precision: Precisi
     for member in members:
         as_module(member).requires_grad_(False)
     return members[0] if len(members) == 1 else Committee(members, mean=mean)
-
-
-def _show(console: Any, path: Path, dynamics: Dynamics) -> bool:
-    """A row for each replica; whether one was stopped."""
-    import numpy as np
-    from rich.table import Table
-
-    from hpcft.storage.trajectory import Trajectory
-
-    table = Table(caption="means over the second half of the frames", caption_justify="left")
-    for title in ("replica", "steps", "frames", "T / K", "E / eV"):
-        table.add_column(title, justify="right")
-    under_pressure = dynamics.barostat != "none"
-    if under_pressure:
-        table.add_column("V / Å³", justify="right")
-    table.add_column("stopped by")
-    with Trajectory(path) as trajectory:
-        states = trajectory.checkpoint()
-        for number, state in list(states.items())[:_MOST_ROWS]:
-            replica = int(number)
-            cells = [number, str(int(state["step"]))]
-            if replica in trajectory.replicas:
-                half = slice(trajectory.num_frames(replica) // 2, None)
-                values = [
-                    trajectory.array(replica, name)[half].mean()
-                    for name in ("temperature_K", "potential_energy")
-                ]
-                cells += [str(trajectory.num_frames(replica)), f"{values[0]:.0f}", f"{values[1]:.3f}"]
-                if under_pressure:
-                    volumes = np.abs(np.linalg.det(trajectory.array(replica, "cell")[half]))
-                    cells.append(f"{volumes.mean():.1f}")
-            else:
-                cells += ["0"] + ["–"] * (2 + under_pressure)
-            table.add_row(*cells, str(state["stopped"]))
-    console.print(table)
-    if len(states) > _MOST_ROWS:
-        console.print(f"and {len(states) - _MOST_ROWS} more replicas")
-    console.print(f"trajectory: {path}", soft_wrap=True)
-    return any(str(state["stopped"]) for state in states.values())

@@ -68,6 +68,8 @@ class Explore(Section):
     """Guard: a replica hotter than this has exploded and is stopped, in K; left out: 5 temperature_K."""
     min_distance: Annotated[Positive, Unit("Å")] = 0.8
     """Guard: a replica with two atoms closer than this is stopped, in Å."""
+    max_q_residual: Positive | None = None
+    """Guard: a replica with an atom of a larger Q-residual waits for the next round (1: that of the farthest known atom)."""
     tolerated_failures: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Fraction of the stage's tasks that may be given up before the campaign stops; it goes on without their replicas."""
     resources: Resources = Resources()

@@ -45,6 +45,8 @@ _LOOK_EVERY_S = 0.2
 class MdRequest:
     """What to run: each structure `copies` times, rattled (Å) and strained, with velocities of its own.
 
+    `every`: of velocities and forces, the steps between two frames that have them (multiples of the stretch's `frame_every`).
+
     `max_atoms` in a batch: left out, what a GPU's memory takes, and on the CPU all. `about` is written into the trajectory, and
     with all else it decides whether a folder holds this very run.
     """
@@ -60,6 +62,7 @@ class MdRequest:
     seed: int = 0
     max_atoms: int | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    every: Mapping[str, int] = field(default_factory=dict)
 
 
 def run_md(
@@ -92,6 +95,7 @@ def run_md(
             observe,
             max_atoms=request.max_atoms or _room(request, potential),
             keep_last=True,
+            every=request.every,
         )
         found = run_segments(segments, simulation, request.stretch, on_segment)
         consolidate(found, final, _provenance(request, rank))
@@ -153,6 +157,8 @@ def _claim(request: MdRequest, rank: Rank) -> None:
         "world_size": rank.world_size,
         **request.about,
     }
+    if request.every:
+        ours["every"] = dict(request.every)
     ours = json.loads(json.dumps(ours))
     path = request.folder / RUN_FILE
     if path.exists():

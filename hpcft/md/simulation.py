@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,15 @@ Observe = Callable[[Graph], dict[str, np.ndarray]]
 # Marks the last frame of a replica that a guard has stopped: what fine-tuning needs most.
 AT_STOP = "at_stop"
 _FIXED = {"step", "time_fs", "positions", "velocities", "forces", "cell", "energy", "temperature"}
+
+
+def together(observers: Sequence[Observe]) -> Observe:
+    """All that several observers see of a frame."""
+
+    def observe(graph: Graph) -> dict[str, np.ndarray]:
+        return {name: values for one in observers for name, values in one(graph).items()}
+
+    return observe
 
 
 @dataclass
@@ -75,6 +84,7 @@ class Simulation:
     `dynamics`: one for all replicas, or one for each. `observe`: what else is written down of each frame, from the graph of the
     batch, [r, ...] by name. At most `max_atoms` atoms are in the batch at once (default: all): what ends makes room for the next.
     `keep_last`: of a replica that a guard stops, the last frame before is kept, marked `at_stop`.
+    `every`: of velocities and forces, where not all frames have them, the steps between two that do.
     """
 
     def __init__(
@@ -87,6 +97,7 @@ class Simulation:
         *,
         max_atoms: int | None = None,
         keep_last: bool = False,
+        every: Mapping[str, int] | None = None,
     ) -> None:
         self.potential = potential
         self.replicas = list(replicas)
@@ -94,6 +105,7 @@ class Simulation:
         self.guards = guards or Guards()
         self.observe = observe
         self.max_atoms, self.keep_last = max_atoms, keep_last
+        self.every = dict(every or {})
         self._recorders: dict[int, _Recorder] = {}
         self._begun_at: dict[int, int] = {}
 
@@ -209,19 +221,25 @@ class Simulation:
             for name, most in self.guards.max_observed.items():
                 if not ended and name in values and not float(np.max(values[name])) <= most:
                     replica.stopped = name
-            mark = {AT_STOP: ended or bool(replica.stopped)} if self.keep_last else {}
+            is_last = ended or bool(replica.stopped)
+            mark = {AT_STOP: is_last} if self.keep_last else {}
             self._recorders[replica.index].add(
                 step=step,
                 time_fs=step * motion.dynamics[r].timestep,
                 positions=_as_computed(motion.graph.positions_n3[rows]),
-                velocities=_as_computed(motion.velocities_n3[rows] * units.fs),
-                forces=_as_computed(motion.evaluation.forces_n3[rows]),
+                velocities=self._if_due("velocities", step, is_last, motion.velocities_n3[rows] * units.fs),
+                forces=self._if_due("forces", step, is_last, motion.evaluation.forces_n3[rows]),
                 cell=motion.cell(r),
                 energy=float(motion.evaluation.energies_b[r]),
                 temperature=float(temperature_r[r]),
                 **values,
                 **mark,
             )
+
+    def _if_due(self, name: str, step: int, is_last: bool, values: Tensor) -> np.ndarray:
+        """The values, or NaN in a frame that goes without them; a replica's last frame before a stop has all."""
+        found = _as_computed(values)
+        return found if is_last or step % self.every.get(name, 1) == 0 else np.full_like(found, np.nan)
 
     def _record_last(self, before: Motion, stopped: Sequence[int]) -> None:
         """The frame before the step in which a guard stopped the replica."""

@@ -111,7 +111,11 @@ def _read_without_code(path: Path) -> dict[str, Any] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickle protocols, of files that are refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if not _is_pickle(path):
+            raise UserError(
+                f"{path} is no model file; name one of hpcft's (.pt) or of MACE's (.model)"
+            ) from error
         return None
     except (
         RuntimeError,
@@ -132,6 +136,13 @@ def _read_without_code(path: Path) -> dict[str, Any] | None:
     if not is_whole(path):
         raise UserError(f"{path} is damaged: a checksum in it is wrong. Copy or make it again.")
     return content
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether torch may have written it: as an archive, or as a bare pickle (protocol 2 or later)."""
+    with path.open("rb") as stream:
+        begins_as_one = stream.read(1) == pickle.PROTO
+    return begins_as_one or zipfile.is_zipfile(path)
 
 
 def _from_content(content: dict[str, Any], path: Path) -> Potential:

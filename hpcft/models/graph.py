@@ -6,7 +6,7 @@ Shape suffixes: n atoms of the whole batch, b structures, e edges. Positions in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,8 +14,21 @@ from ase import Atoms
 from matscipy.neighbours import neighbour_list
 from torch import Tensor
 
+from hpcft.models.gpu_neighbours import edges_where_they_are
+
 # Side of the box of a neighbour search where nothing repeats, in cutoffs.
 _LARGEST_BOX = 40.0
+
+
+@dataclass(frozen=True)
+class EdgeVectors:
+    """Vectors of edges, worked out once: they hold where a graph has these very tensors, and none that wants a gradient."""
+
+    cell_b33: Tensor
+    shifts_e3: Tensor
+    shift_vectors_e3: Tensor
+    positions_n3: Tensor | None = None
+    vectors_e3: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,7 @@ class Graph:
     senders_e: Tensor
     receivers_e: Tensor
     shifts_e3: Tensor
+    known: EdgeVectors | None = field(default=None, repr=False, compare=False)
 
     @property
     def num_structures(self) -> int:
@@ -44,36 +58,65 @@ class Graph:
 
     @property
     def num_bytes(self) -> int:
-        return int(sum(tensor.nbytes for tensor in vars(self).values()))
+        return int(sum(tensor.nbytes for tensor in self._tensors().values()))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if name != "known"}
 
     @property
     def shift_vectors_e3(self) -> Tensor:
         """Cell translation of each edge in Å."""
+        if (known := self._known_shifts()) is not None:
+            return known.shift_vectors_e3
         cell_e33 = self.cell_b33[self.structure_n[self.senders_e]]
         return torch.einsum("ei,eij->ej", self.shifts_e3, cell_e33)
 
     @property
     def vectors_e3(self) -> Tensor:
+        known = self._known_shifts()
+        if known is not None and known.vectors_e3 is not None and known.positions_n3 is self.positions_n3:
+            return known.vectors_e3
         difference = self.positions_n3[self.receivers_e] - self.positions_n3[self.senders_e]
         return difference + self.shift_vectors_e3
+
+    def _known_shifts(self) -> EdgeVectors | None:
+        known = self.known
+        if known is None or known.cell_b33 is not self.cell_b33 or known.shifts_e3 is not self.shifts_e3:
+            return None
+        return None if self.cell_b33.requires_grad else known
+
+    def with_known_shifts(self) -> Graph:
+        """The same graph, which works the cell translations of its edges out once and for all."""
+        with torch.no_grad():
+            return replace(self, known=EdgeVectors(self.cell_b33, self.shifts_e3, self.shift_vectors_e3))
 
     def with_positions(self, positions_n3: Tensor) -> Graph:
         return replace(self, positions_n3=positions_n3)
 
     def with_edges_of(self, other: Graph) -> Graph:
         return replace(
-            self, senders_e=other.senders_e, receivers_e=other.receivers_e, shifts_e3=other.shifts_e3
+            self,
+            senders_e=other.senders_e,
+            receivers_e=other.receivers_e,
+            shifts_e3=other.shifts_e3,
+            known=other.known,
         )
 
     def within(self, cutoff: float) -> Graph:
         """The same graph without the edges longer than `cutoff` (Å): what a skin added is taken away again."""
         with torch.no_grad():
-            keep = (self.vectors_e3**2).sum(-1) < cutoff**2
+            shift_vectors_e3, vectors_e3 = self.shift_vectors_e3, self.vectors_e3
+            kept = ((vectors_e3**2).sum(-1) < cutoff**2).nonzero().squeeze(-1)
+            shifts_e3 = self.shifts_e3[kept]
+            known = EdgeVectors(self.cell_b33, shifts_e3, shift_vectors_e3[kept])
+            if not self.positions_n3.requires_grad:
+                known = replace(known, positions_n3=self.positions_n3, vectors_e3=vectors_e3[kept])
         return replace(
             self,
-            senders_e=self.senders_e[keep],
-            receivers_e=self.receivers_e[keep],
-            shifts_e3=self.shifts_e3[keep],
+            senders_e=self.senders_e[kept],
+            receivers_e=self.receivers_e[kept],
+            shifts_e3=shifts_e3,
+            known=known,
         )
 
     def take(self, structures: Sequence[int]) -> Graph:
@@ -99,13 +142,13 @@ class Graph:
         """Move all tensors; `dtype` applies to the floating-point ones. To a GPU they go while the processor works on."""
         to_gpu = torch.device(device).type == "cuda" and self.positions_n3.device.type == "cpu"
         moved = {}
-        for name, tensor in vars(self).items():
+        for name, tensor in self._tensors().items():
             kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
             tensor = tensor.to(kind)
             if to_gpu:
                 tensor = tensor.pin_memory()
             moved[name] = tensor.to(device=device, non_blocking=to_gpu)
-        return Graph(**moved)
+        return replace(self, **moved, known=None)
 
 
 def find_edges(
@@ -172,6 +215,8 @@ def build_graph(
 
 def rebuild_edges(graph: Graph, cutoff: float) -> Graph:
     """The same structures with a new neighbour list for where the atoms are now (positions keep their gradient)."""
+    if graph.positions_n3.is_cuda and (found := edges_where_they_are(graph, cutoff)) is not None:
+        return replace(graph, senders_e=found[0], receivers_e=found[1], shifts_e3=found[2])
     positions = graph.positions_n3.detach().to("cpu", torch.float64).numpy()
     cells = graph.cell_b33.detach().to("cpu", torch.float64).numpy()
     periodic = graph.periodic_b3.cpu().numpy()

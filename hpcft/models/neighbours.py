@@ -29,9 +29,10 @@ class VerletList:
     ) -> None:
         self.cutoff, self.skin = cutoff, skin
         if isinstance(structures, Graph):
-            self.listed = rebuild_edges(_detached(structures), cutoff + skin)
+            listed = rebuild_edges(_detached(structures), cutoff + skin)
         else:
-            self.listed = build_graph(structures, cutoff + skin, dtype=dtype, device=device)
+            listed = build_graph(structures, cutoff + skin, dtype=dtype, device=device)
+        self.listed = listed.with_known_shifts()
         self.num_builds = 1
 
     def graph_at(self, positions_n3: Tensor | None, cell_b33: Tensor | None = None) -> Graph:
@@ -45,13 +46,13 @@ class VerletList:
         if cell_b33 is not None:
             here = replace(here, cell_b33=cell_b33)
         if not self._is_complete_at(here):
-            self.listed = rebuild_edges(_detached(here), self.cutoff + self.skin)
+            self.listed = rebuild_edges(_detached(here), self.cutoff + self.skin).with_known_shifts()
             self.num_builds += 1
         return here.with_edges_of(self.listed).within(self.cutoff)
 
     def keep(self, structures: Sequence[int]) -> None:
         """Forget all other structures."""
-        self.listed = self.listed.take(structures)
+        self.listed = self.listed.take(structures).with_known_shifts()
 
     def _is_complete_at(self, here: Graph) -> bool:
         """Whether no pair outside the list can be within the cutoff; False where anything is not finite.

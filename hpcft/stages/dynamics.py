@@ -13,6 +13,7 @@ from hpcft.md.committed import SegmentTaken, Stretch, run_segments
 from hpcft.models.allocator import keep_freed_memory
 from hpcft.models.files import sha256_of
 from hpcft.models.protocol import Potential
+from hpcft.selection.q_residual import Q_RESIDUAL
 from hpcft.stages.context import StageContext, Superseded, TaskContext
 from hpcft.storage.trajectory import (
     Trajectory,
@@ -23,10 +24,14 @@ from hpcft.storage.trajectory import (
 
 
 def guards_of(context: StageContext, temperature_K: float) -> Guards:
-    """Explore's guards; the limit of the temperature in proportion where the thermostat is set higher or lower."""
+    """Explore's guards; the limit of the temperature in proportion where the thermostat is set higher or lower.
+
+    That of the Q-residual counts where it is observed: in explore, and not in probe, which judges the model as it is.
+    """
     explore = context.campaign.explore
+    limits = {} if explore.max_q_residual is None else {Q_RESIDUAL: explore.max_q_residual}
     limit = explore.temperature_limit_K * temperature_K / explore.temperature_K
-    return Guards(max_temperature_K=limit, min_distance=explore.min_distance)
+    return Guards(max_temperature_K=limit, min_distance=explore.min_distance, max_observed=limits)
 
 
 def dynamics_of(context: StageContext, temperature_K: float) -> Dynamics:

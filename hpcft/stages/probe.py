@@ -111,9 +111,8 @@ def _frames(trajectory: Path, count: int, discard: float) -> list[Atoms]:
             )
             for index in chosen if available else []:
                 frame = opened.frame(replica, int(index))
-                forces = opened.array(replica, "forces")[int(index)]
                 atoms = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.pbc)
-                atoms.arrays["model_forces"] = np.asarray(forces, dtype=float)
+                atoms.arrays["model_forces"] = np.asarray(frame.get_forces(), dtype=float)
                 atoms.info = {
                     "replica": replica,
                     "step": int(frame.info["step"]),

@@ -20,7 +20,14 @@ from hpcft.storage.frame_digests import DIGEST_BYTES, DIGESTS, digest_frames, di
 from hpcft.storage.frames import FrameBlock
 from hpcft.storage.hdf5 import write_file
 from hpcft.storage.segments import read_segment
-from hpcft.storage.tree import StreamedDataset, read_attributes, read_tree, write_attributes, write_tree
+from hpcft.storage.tree import (
+    StreamedDataset,
+    blank,
+    read_attributes,
+    read_tree,
+    write_attributes,
+    write_tree,
+)
 
 # Frames of more have a chunk of their own, smaller ones share one.
 _CHUNK_BYTES = 1 << 16
@@ -90,16 +97,23 @@ class _ReplicaWriter:
         for name, values in first.observables.items():
             self._create_element(root, name, layout.observable_path(name), None, values)
         # Equal rows pack to almost nothing; on what changes, gzip takes 20 times longer and saves a fifth.
-        packed = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+        packed: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
         for name, (path, unit) in layout.STATIC.items():
             self._create_element(root, name, path, unit, getattr(first, name)[None], **packed)
 
     def _create_element(
         self, root: Any, name: str, path: str, unit: str | None, rows: Any, **options: Any
     ) -> None:
-        """One time-dependent H5MD element; all of a replica share one dataset of steps and one of times."""
+        """One time-dependent H5MD element; all of a replica share one dataset of steps and one of times.
+
+        Also those that only some frames have: MDAnalysis and znh5md look up row i of each for frame i, whatever its own steps
+        say, and would show the wrong frame's.
+        """
         element = root.require_group(path)
-        self._streams[name] = StreamedDataset(element, "value", rows, self._rows, unit, **_CHECKED, **options)
+        sparse = bool(blank(rows).any())
+        self._streams[name] = StreamedDataset(
+            element, "value", rows, self._rows, unit, sparse=sparse, **_CHECKED, **options
+        )
         if "step" not in element:
             element["step"] = root[layout.STEP]
             element["time"] = root[layout.TIME]

@@ -44,9 +44,9 @@ class FrameBlock:
     positions: Array
     """[f,n,3] Å, unwrapped"""
     velocities: Array
-    """[f,n,3] Å/fs"""
+    """[f,n,3] Å/fs; NaN in a frame without them, which takes no space in a file"""
     forces: Array
-    """[f,n,3] eV/Å"""
+    """[f,n,3] eV/Å; the same"""
     cell: Array
     """[f,3,3] Å, rows are lattice vectors"""
     potential_energy: Array

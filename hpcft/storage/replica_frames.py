@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from ase import Atoms, units
@@ -12,6 +12,7 @@ from ase.data import atomic_masses
 
 from hpcft.storage.frames import FrameBlock
 from hpcft.storage.replica_reader import ReplicaReader
+from hpcft.storage.tree import Array, blank
 
 # Frames that lie further apart are read one by one.
 _SPARSE = 8
@@ -60,7 +61,7 @@ class ReplicaFrames(Sequence[Atoms]):
 
 
 def atoms_of(block: FrameBlock, index: int) -> Atoms:
-    """One frame with velocities, and energy and forces as results of a calculator.
+    """One frame with velocities, and energy and forces as results of a calculator, where it has them.
 
     In `info`: step, time_fs, potential_energy, temperature_K and the observables.
     """
@@ -69,11 +70,18 @@ def atoms_of(block: FrameBlock, index: int) -> Atoms:
     )
     if not np.array_equal(block.masses, atomic_masses[block.numbers]):
         atoms.set_masses(block.masses)
-    atoms.set_velocities(block.velocities[index].astype(np.float64) / units.fs)
+    if not _is_missing(block.velocities[index]):
+        atoms.set_velocities(block.velocities[index].astype(np.float64) / units.fs)
     scalars = ("step", "time_fs", "potential_energy", "temperature_K")
     for name, values in ({name: getattr(block, name) for name in scalars} | block.observables).items():
         value = values[index]
         atoms.info[name] = value.item() if np.ndim(value) == 0 else value.copy()
-    energy = float(block.potential_energy[index])
-    atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=block.forces[index])
+    results: dict[str, Any] = {"energy": float(block.potential_energy[index])}
+    if not _is_missing(block.forces[index]):
+        results["forces"] = block.forces[index]
+    atoms.calc = SinglePointCalculator(atoms, **results)
     return atoms
+
+
+def _is_missing(rows: Array) -> bool:
+    return bool(blank(rows[None])[0])

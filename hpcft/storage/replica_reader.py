@@ -17,10 +17,10 @@ from hpcft.storage import layout
 from hpcft.storage.frame_digests import digest_frames, digests_path, has_digests
 from hpcft.storage.frames import PER_FRAME, STATIC, FrameBlock
 from hpcft.storage.seal import DamagedFile
-from hpcft.storage.tree import Array, decode_name
+from hpcft.storage.tree import Array, blank, decode_name
 
-# For each dataset, of which there are a dozen in each replica: one chunk or a few. HDF5's own default is 8 MiB.
-_CACHE_BYTES = 1 << 19
+# For each dataset, of which there are a dozen in each replica: one chunk as `consolidate` makes them. HDF5's default is 8 MiB.
+_CACHE_BYTES = 1 << 16
 
 _MOST_BYTES_AT_ONCE, _MOST_FRAMES_AT_ONCE = 1 << 20, 1024
 
@@ -84,13 +84,16 @@ class ReplicaReader:
         return block
 
     def _check_lost(self, values: Array, frames: range) -> None:
-        """Compare all of a frame whose row here is only zeros, or only ones: fletcher32 is blind to such chunks."""
+        """Compare all of a frame whose row here is only zeros, or only ones: fletcher32 is blind to such chunks.
+
+        Or only NaN: so reads a chunk that is not there, whether it never was or the way to it is lost.
+        """
         if self._digests is None or not values.size:
             return
         raw = values.reshape(len(values), -1).view(np.uint8)
         suspects = np.flatnonzero((raw[:, 0] == 0) | (raw[:, 0] == 255))
-        blank = suspects[(raw[suspects] == raw[suspects, :1]).all(axis=1)]
-        indices = frames.start + frames.step * blank
+        same = suspects[(raw[suspects] == raw[suspects, :1]).all(axis=1)]
+        indices = frames.start + frames.step * np.union1d(same, np.flatnonzero(blank(values)))
         for run in np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1):
             for first in range(0, len(run), self.frames_at_once):
                 some = run[first : first + self.frames_at_once]

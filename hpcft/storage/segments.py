@@ -15,7 +15,7 @@ from typing import Any
 from hpcft.storage.frames import FrameBlock
 from hpcft.storage.hdf5 import open_file, write_file
 from hpcft.storage.seal import DamagedFile, check_seal, read_seal
-from hpcft.storage.tree import read_tree, write_tree
+from hpcft.storage.tree import StreamedDataset, blank, read_tree, write_tree
 
 _SEGMENT_NAME = re.compile(r"segment-(\d{4,})\.h5")
 
@@ -40,8 +40,12 @@ def write_segment(path: Path, blocks: Sequence[FrameBlock], checkpoint: Mapping[
     def fill(file: Any) -> None:
         group = file.create_group("replicas")
         for block in blocks:
-            tree = {"static": block.static(), "frames": block.per_frame(), "observables": block.observables}
-            write_tree(group.create_group(f"{block.replica:04d}"), tree)
+            frames = block.per_frame()
+            sparse = {name: frames.pop(name) for name, rows in block.per_frame().items() if blank(rows).any()}
+            tree = {"static": block.static(), "frames": frames, "observables": block.observables}
+            write_tree(own := group.create_group(f"{block.replica:04d}"), tree)
+            for name, rows in sparse.items():
+                StreamedDataset(own["frames"], name, rows, len(rows), sparse=True).append(rows)
         write_tree(file.create_group("checkpoint"), checkpoint)
 
     return write_file(path, "segment", fill, once=True)

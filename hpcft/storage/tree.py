@@ -63,7 +63,10 @@ def _stored_type(array: Array) -> Any:
 
 
 class StreamedDataset:
-    """A dataset that grows by rows (frames), in chunks of whole rows; `expected_rows` bounds the chunks' size."""
+    """A dataset that grows by rows (frames), in chunks of whole rows; `expected_rows` bounds the chunks' size.
+
+    Of a `sparse` one each row has a chunk of its own, and one that is `blank` none: it reads as what it is, and takes no space.
+    """
 
     def __init__(
         self,
@@ -72,9 +75,14 @@ class StreamedDataset:
         first: Array,
         expected_rows: int,
         unit: str | None = None,
+        *,
+        sparse: bool = False,
         **options: Any,
     ) -> None:
         shape = first.shape[1:]
+        self._is_sparse = sparse
+        if sparse:
+            expected_rows, options = 1, {**options, "fillvalue": np.nan}
         row_bytes = max(1, first.dtype.itemsize * int(np.prod(shape)))
         most_rows = max(1, _CHUNK_BYTES // row_bytes)
         num_chunks = max(1, -(-expected_rows // most_rows))
@@ -93,7 +101,18 @@ class StreamedDataset:
     def append(self, rows: Array) -> None:
         start = len(self.dataset)
         self.dataset.resize(start + len(rows), axis=0)
-        self.dataset[start:] = rows
+        if not self._is_sparse:
+            self.dataset[start:] = rows
+            return
+        for index in np.flatnonzero(~blank(rows)):
+            self.dataset[start + index] = rows[index]
+
+
+def blank(rows: Array) -> NDArray[np.bool_]:
+    """Which rows consist of nothing but NaN, [f]: a quantity that was not taken down there."""
+    if rows.dtype.kind != "f" or rows.ndim < 2:
+        return np.zeros(len(rows), dtype=bool)
+    return np.asarray(np.isnan(rows).all(axis=tuple(range(1, rows.ndim))))
 
 
 def write_attributes(group: Any, attributes: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import resource
 from collections.abc import Callable
@@ -135,3 +136,27 @@ def test_a_replica_that_is_no_longer_finite_leaves_the_others_a_fresh_list(
     positions = torch.from_numpy(np.concatenate([sane.positions, broken.positions]))
     pairs = [pair for pair in pairs_of(neighbours.graph_at(positions)) if pair[0] < len(sane)]
     assert pairs == pairs_of(build_graph([sane], 4.0))
+
+
+def test_edge_vectors_that_are_kept_are_those_worked_out_anew(mixed_structures: list[Atoms]) -> None:
+    """Fails if kept vectors outlive a move of the atoms or of the cell, or stand in the way of a gradient."""
+
+    def anew(graph: Graph) -> torch.Tensor:
+        return dataclasses.replace(graph, known=None).vectors_e3
+
+    neighbours = VerletList(mixed_structures, 4.0, skin=1.0, dtype=torch.float64, device="cpu")
+    start = neighbours.graph_at(None)
+    moved = neighbours.graph_at(start.positions_n3 + 0.1 * torch.randn_like(start.positions_n3))
+    strained = dataclasses.replace(moved, cell_b33=1.01 * moved.cell_b33)
+    some = moved.take([0, 2])
+    for graph in (start, moved, strained, some, moved.with_positions(start.positions_n3)):
+        torch.testing.assert_close(graph.vectors_e3, anew(graph), rtol=0, atol=1e-14)
+    assert moved.vectors_e3 is moved.vectors_e3  # worked out once
+    stretched = (1.02 * moved.cell_b33).requires_grad_(True)
+    pulled = moved.positions_n3.clone().requires_grad_(True)
+    graph = dataclasses.replace(moved, positions_n3=pulled, cell_b33=stretched)
+    gradients = torch.autograd.grad((graph.vectors_e3**2).sum(), [pulled, stretched])
+    wanted = torch.autograd.grad((anew(graph) ** 2).sum(), [pulled, stretched])
+    for gradient, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=0, atol=0)
+        assert gradient.abs().max() > 0

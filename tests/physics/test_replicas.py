@@ -211,7 +211,8 @@ def test_a_replica_stops_where_what_is_observed_passes_its_limit(
     count = {"frames": 0}
     replicas = replicas_of(make_alloy, 0, 1)
     guards = Guards(max_observed={"spread": 0.25})
-    blocks = Simulation(morse, replicas, SETTINGS, guards, observe, keep_last=True).run(50, 5)
+    every = {"forces": 10, "velocities": 100}
+    blocks = Simulation(morse, replicas, SETTINGS, guards, observe, keep_last=True, every=every).run(50, 5)
     assert [r.stopped for r in replicas] == ["", "spread"]
     assert [r.step for r in replicas] == [50, 15]
     assert blocks[1].step.tolist() == [
@@ -220,6 +221,8 @@ def test_a_replica_stops_where_what_is_observed_passes_its_limit(
         15,
     ]  # the frame that went too far is what the reference shall see
     assert blocks[1].observables[AT_STOP].tolist() == [False, False, True]
+    has = {name: np.isfinite(getattr(blocks[1], name)[:, 0, 0]).tolist() for name in every}
+    assert has == {"forces": [False, True, True], "velocities": [False, False, True]}  # and it has everything
 
 
 def test_what_ends_makes_room_for_the_next_and_nothing_else_changes(

@@ -225,7 +225,7 @@ def test_replay_structures_without_labels_are_refused(inputs: Path, tmp_path: Pa
         ({"structures": "tiny.yaml"}, "tiny.yaml cannot be read by ASE"),
         (
             {"foundation": "start.extxyz"},
-            "start.extxyz is a pickled model, and loading a pickle can run any code",
+            "start.extxyz is no model file; name one of hpcft's (.pt) or of MACE's (.model)",
         ),
     ],
 )

@@ -89,6 +89,25 @@ def test_it_leaves_a_trajectory_and_a_table(
     assert (folder / "out" / "trajectory.h5").read_bytes() == before
 
 
+def test_velocities_and_forces_are_kept_as_often_as_was_asked_and_the_run_is_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    often = ("--velocities-every", "20", "--forces-every", "10")
+    assert in_this_process(folder, monkeypatch, capsys, *BASIC, "-o", "all")[0] == 0
+    assert in_this_process(folder, monkeypatch, capsys, *BASIC, *often, "-o", "some")[0] == 0
+    everything, some = (frames(folder / name / "trajectory.h5") for name in ("all", "some"))
+    steps = everything["0 step"]
+    for name, values in everything.items():
+        every = {"velocities": 20, "forces": 10}.get(name.split()[1], 1)
+        kept = steps % every == 0
+        np.testing.assert_array_equal(some[name][kept], values[kept], err_msg=name)
+        assert every == 1 or np.isnan(some[name][~kept]).all()
+    code, _, error = in_this_process(
+        folder, monkeypatch, capsys, *BASIC, "--forces-every", "20", "-o", "some"
+    )
+    assert code == 2 and "holds another run (its every differ" in error
+
+
 def test_a_cell_under_pressure_shrinks_and_its_volume_is_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,11 +180,12 @@ def test_two_ranks_give_the_trajectories_of_one(folder: Path) -> None:
 def test_a_committee_says_how_far_it_spreads_and_stops_where_it_is_unsure(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = (*BASIC, "--temperature", "1500", "--committee", "other.pt")
+    options = (*BASIC, "--temperature", "1500", "--committee", "other.pt", "--q-reference", "in.extxyz")
     code, _, error = in_this_process(folder, monkeypatch, capsys, *options, "-o", "out")
     assert code == 0, error
     with Trajectory(folder / "out" / "trajectory.h5") as trajectory:
         spread = trajectory.array(0, "force_spread")
+        assert (trajectory.array(0, "q_residual") > 1).all()  # all perfect crystals are alike
         assert trajectory.array(0, "committee_energies").shape == (8, 2)
         energies = trajectory.array(0, "committee_energies")[:, 0]
         np.testing.assert_allclose(energies, trajectory.array(0, "potential_energy"), rtol=1e-5)
@@ -179,6 +199,36 @@ def test_a_committee_says_how_far_it_spreads_and_stops_where_it_is_unsure(
         last = trajectory.array(0, "force_spread")
         assert last[-1] > limit >= last[:-1].max(initial=0)
         assert trajectory.array(0, "at_stop").tolist() == [False] * (len(last) - 1) + [True]
+
+
+def test_it_says_how_far_frames_are_from_what_is_known_and_stops_beyond_a_limit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cool dynamics is the reference of hot dynamics: explore until the model is unsure."""
+    assert in_this_process(folder, monkeypatch, capsys, *BASIC, "-o", "cool")[0] == 0
+    with Trajectory(folder / "cool" / "trajectory.h5") as trajectory:
+        write(folder / "known.extxyz", [atoms for replica in trajectory for atoms in trajectory[replica]])
+    reference = ("--q-reference", "known.extxyz")
+    assert in_this_process(folder, monkeypatch, capsys, *BASIC, *reference, "-o", "again")[0] == 0
+    with Trajectory(folder / "again" / "trajectory.h5") as trajectory:
+        within = trajectory.array(1, "q_residual")
+    assert 0 < within.max() < 1.01  # the same frames
+    hot = (*BASIC, *reference, "--temperature", "3000")
+    code, said, error = in_this_process(folder, monkeypatch, capsys, *hot, "-o", "hot")
+    assert code == 0, error
+    assert "principal components of 96 atoms" in said
+    with Trajectory(folder / "hot" / "trajectory.h5") as trajectory:
+        residuals = trajectory.array(1, "q_residual")
+        assert trajectory.frame(1, -1).info["q_residual"] == residuals[-1]
+    assert residuals.max() > 3
+    limit = ("--max-q-residual", "2")
+    code, said, _ = in_this_process(folder, monkeypatch, capsys, *hot, *limit, "-o", "stopped")
+    assert code == 1 and "q_residual" in said
+    with Trajectory(folder / "stopped" / "trajectory.h5") as trajectory:
+        last = trajectory.array(1, "q_residual")
+        assert last[-1] > 2 >= last[:-1].max(initial=0)
+        assert trajectory.array(1, "at_stop").tolist() == [False] * (len(last) - 1) + [True]
+        assert str(trajectory.checkpoint()["0001"]["stopped"]) == "q_residual"
 
 
 def test_bad_input_is_refused_before_anything_runs(
@@ -201,7 +251,9 @@ def test_bad_input_is_refused_before_anything_runs(
         ([crystal], ("--temperature", "-3"), "--temperature is -3"),
         ([crystal], ("--timestep", "0"), "--timestep is 0"),
         ([crystal], ("--max-spread", "0.1"), "--committee"),
-        ([crystal], ("--model", "in.extxyz"), "in.extxyz"),
+        ([crystal], ("--max-q-residual", "2"), "--q-reference"),
+        ([crystal], ("--forces-every", "7"), "--forces-every is 7, and a frame is stored every 5 steps"),
+        ([crystal], ("--model", "in.extxyz"), "in.extxyz is no model file"),
     ]
     for structures, options, message in cases:
         write(folder / "in.extxyz", structures)
