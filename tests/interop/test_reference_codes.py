@@ -17,7 +17,7 @@ from hpcft.config.reference import Reference as Config
 from hpcft.labelling.item import Item
 from hpcft.labelling.journal import read_journals
 from hpcft.labelling.label import Label
-from hpcft.labelling.reference import reference_from
+from hpcft.labelling.reference import build_calculator, check_arguments, reference_from
 from hpcft.labelling.requirements import lacks
 from hpcft.labelling.worker import label_items
 
@@ -169,6 +169,19 @@ def test_a_teacher_gives_the_energies_of_its_model_and_is_read_once(
     copy.write_bytes(b"another")
     with pytest.raises(Exception, match="not a model file"):
         teacher.mace(str(copy))
+
+
+def test_gpaw_writes_its_output_into_the_folder_of_the_calculation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_without(CASES["gpaw"])
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    reference = reference_from(Config(calculator="gpaw", arguments={"txt": "gpaw.txt"}))
+    check_arguments(reference)
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+    build_calculator(reference, tmp_path / "run")
+    assert (tmp_path / "run" / "gpaw.txt").is_file()
 
 
 @pytest.mark.parametrize("name", ["gpaw", "gfn2-xtb", "espresso"])
