@@ -35,6 +35,7 @@ def prepared(
     if _has_a_profile(factory):
         ready["profile"] = _profile(path, factory, ready.get("profile"))
     if path == ESPRESSO:
+        ready["profile"].pseudo_dir = str(Path(ready["profile"].pseudo_dir).expanduser())
         # pw.x computes forces and stress only when told, and ASE does not tell it.
         ready["input_data"] = {**ready.get("input_data", {}), "tprnfor": True, "tstress": True}
     if works_in_a_directory(factory):

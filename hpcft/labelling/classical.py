@@ -18,7 +18,7 @@ def tersoff(parameters: str = "Tersoff_PRB_39_5566_Si_C", potential_file: str | 
     if potential_file is not None:
         from ase.calculators.tersoff import Tersoff
 
-        return Tersoff.from_lammps(potential_file)
+        return Tersoff.from_lammps(Path(potential_file).expanduser())
     from matscipy.calculators.manybody import Manybody
     from matscipy.calculators.manybody.explicit_forms import tersoff_brenner
 
@@ -43,7 +43,11 @@ def elements_of_tersoff(
     if potential_file is not None:
         from ase.calculators.tersoff import Tersoff
 
-        return {symbol for triple in Tersoff.read_lammps_format(Path(potential_file)) for symbol in triple}
+        return {
+            symbol
+            for triple in Tersoff.read_lammps_format(Path(potential_file).expanduser())
+            for symbol in triple
+        }
     from matscipy.calculators.manybody.explicit_forms import tersoff_brenner
 
     return _elements(_published(tersoff_brenner, parameters))

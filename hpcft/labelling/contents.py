@@ -25,6 +25,8 @@ def files_of(calculator: str, arguments: Mapping[str, Any]) -> dict[str, Path]:
     where = None if place is None else (arguments.get("profile") or arguments).get(place)
     if where is None:
         return {}
+    if not isinstance(where, str | Path):
+        raise UserError(f"{place} of {calculator} is {where!r}; write an absolute path")
     path = Path(where).expanduser()
     if not path.is_absolute():
         raise UserError(
@@ -32,7 +34,10 @@ def files_of(calculator: str, arguments: Mapping[str, Any]) -> dict[str, Path]:
             f"absolute one, such as {path.resolve()}"
         )
     if calculator == ESPRESSO:
-        return {symbol: path / name for symbol, name in arguments.get("pseudopotentials", {}).items()}
+        names = arguments.get("pseudopotentials", {})
+        if not (isinstance(names, Mapping) and all(isinstance(name, str) for name in names.values())):
+            raise UserError(f"pseudopotentials of {calculator} are {names!r}; write {{Si: Si.UPF, ...}}")
+        return {symbol: path / name for symbol, name in names.items()}
     return {str(place): path}
 
 

@@ -112,6 +112,7 @@ _INCAR = {
     "ibrion": -1,
     "nsw": 0,
     "isif": 2,  # forces and stress
+    "lorbit": 10,  # magnetic moments of the atoms, where ispin is 2
     "lwave": False,
     "lcharg": False,
 }

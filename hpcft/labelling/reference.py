@@ -161,8 +161,9 @@ def build_calculator(reference: Reference, directory: Path) -> Any:
     """A new ASE calculator that works in `directory`; UserError if the path or the arguments do not fit."""
     factory = resolve(reference.calculator)
     arguments = prepared(reference.calculator, factory, reference.arguments, directory)
-    # ASE's CP2K starts its program at once, and that reads and writes where it was started.
-    place = contextlib.chdir(directory) if reference.calculator == CP2K else contextlib.nullcontext()
+    # CP2K's program is started at once, and reads and writes where it was started; GPAW opens its output.
+    at_once = reference.calculator in (CP2K, GPAW)
+    place = contextlib.chdir(directory) if at_once else contextlib.nullcontext()
     try:
         with place:
             return factory(**arguments)

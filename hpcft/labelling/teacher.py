@@ -55,13 +55,13 @@ def mace(model: str, dtype: str = "float64", device: str = "cpu") -> Teacher:
     """
     if dtype not in _DTYPES:
         raise UserError(f"the teacher's dtype is {dtype!r}; write {' or '.join(_DTYPES)}")
-    path = Path(model)
+    path = Path(model).expanduser()
     return Teacher(_loaded(path, _version(path), dtype, device))
 
 
 def elements_of_teacher(model: str, **_: Any) -> set[str]:
     """Chemical symbols that the model in a file knows."""
-    path = Path(model)
+    path = Path(model).expanduser()
     return {chemical_symbols[number] for number in _elements(path, _version(path))}
 
 

@@ -17,7 +17,7 @@ from hpcft.config.reference import Reference as Config
 from hpcft.labelling.item import Item
 from hpcft.labelling.journal import read_journals
 from hpcft.labelling.label import Label
-from hpcft.labelling.reference import reference_from
+from hpcft.labelling.reference import build_calculator, check_arguments, reference_from
 from hpcft.labelling.requirements import lacks
 from hpcft.labelling.worker import label_items
 
@@ -88,6 +88,11 @@ CASES = {
 }
 
 
+def skip_without(case: Case) -> None:
+    if case.needs and not (shutil.which(case.needs) or importlib.util.find_spec(case.needs)):
+        pytest.skip(f"{case.needs} is not installed")
+
+
 def displaced(atoms: Atoms, direction_n3: np.ndarray, step: float) -> Atoms:
     moved = atoms.copy()
     moved.positions += step * direction_n3
@@ -111,8 +116,7 @@ def labels(name: str, case: Case, structures: list[Atoms], folder: Path) -> list
 @pytest.mark.parametrize("name", CASES)
 def test_forces_and_stress_are_the_derivatives_of_the_energy(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    if case.needs and not (shutil.which(case.needs) or importlib.util.find_spec(case.needs)):
-        pytest.skip(f"{case.needs} is not installed")
+    skip_without(case)
     atoms, step = case.atoms, case.step
     assert lacks(Config(calculator=name, arguments=case.arguments), sorted(set(atoms.symbols))) == []
     random = np.random.default_rng(1)
@@ -165,3 +169,31 @@ def test_a_teacher_gives_the_energies_of_its_model_and_is_read_once(
     copy.write_bytes(b"another")
     with pytest.raises(Exception, match="not a model file"):
         teacher.mace(str(copy))
+
+
+def test_gpaw_writes_its_output_into_the_folder_of_the_calculation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_without(CASES["gpaw"])
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    reference = reference_from(Config(calculator="gpaw", arguments={"txt": "gpaw.txt"}))
+    check_arguments(reference)
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+    build_calculator(reference, tmp_path / "run")
+    assert (tmp_path / "run" / "gpaw.txt").is_file()
+
+
+@pytest.mark.parametrize("name", ["gpaw", "gfn2-xtb", "espresso"])
+def test_every_rung_of_a_ladder_stands_for_the_same_physics(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    skip_without(case)
+    reference = reference_from(Config(calculator=name, arguments=case.arguments))
+    rungs = [reference.at_rung(arguments) for arguments in reference.rungs()]
+    energies = []
+    for index, rung in enumerate(rungs):
+        item = Item.single_point(case.atoms)
+        assert label_items([item], rung, tmp_path / str(index)).num_done == 1
+        energies.append(read_journals(tmp_path / str(index))[0].result.energy)
+    assert len(energies) >= 3
+    assert energies == pytest.approx([energies[0]] * len(energies), abs=1.0e-5)

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 from ase.build import bulk
+from ase.calculators.calculator import all_changes
 from ase.calculators.vasp import Vasp
 
 from hpcft.config.reference import Reference as Config
 from hpcft.labelling.causes import label_error
 from hpcft.labelling.convergence import is_unconverged
-from hpcft.labelling.label import compute_label
 from hpcft.labelling.reference import build_calculator, reference_from
 
 CP2K_SHELL = Path(__file__).with_name("cp2k_shell.py")
@@ -80,12 +80,12 @@ def test_cp2k_works_in_its_folder_with_forces_and_stress_and_tells_its_convergen
     reference = reference_from(Config(calculator="cp2k", arguments={"xc": "PBE"}, command=command))
     calculator = build_calculator(reference, tmp_path)
     monkeypatch.chdir(tmp_path)  # as the worker does before it calculates
-    label = compute_label(bulk("Si"), calculator)
+    calculator.calculate(bulk("Si"), ["energy", "forces", "stress"], all_changes)
     assert is_unconverged(calculator) is unconverged
     calculator.close()
-    assert label.energy == -210.0
-    assert label.forces_n3[0].tolist() == [0.1, 0, 0]
-    assert label.stress_6 is not None
+    assert calculator.results["energy"] == -210.0
+    assert calculator.results["forces"][0].tolist() == [0.1, 0, 0]
+    assert calculator.results["stress"].tolist() == [-0.1, -0.1, -0.1, 0, 0, 0]
     words = (tmp_path / "cp2k.inp").read_text().split()
     for keyword, value in (("EPS_SCF", "1.0E-7"), ("STRESS_TENSOR", "ANALYTICAL"), ("MAX_SCF", "100")):
         assert (keyword, value) in itertools.pairwise(words)

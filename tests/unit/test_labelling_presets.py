@@ -86,6 +86,16 @@ def test_a_pseudopotential_enters_a_key_by_its_content_wherever_it_lies(tmp_path
     assert keys[0] == keys[1] != keys[2]
 
 
+def test_a_tilde_is_the_user_s_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pseudopotential(tmp_path / "pseudo")
+    shutil.copy(FOUNDATION, tmp_path / "teacher.pt")
+    arguments = {"pseudo_dir": "~/pseudo", "pseudopotentials": {"Si": "Si.UPF"}}
+    calculator = build_calculator(make("espresso", arguments), tmp_path)
+    assert calculator.profile.pseudo_dir == str(tmp_path / "pseudo")
+    assert build_calculator(make("mace", {"model": "~/teacher.pt"}), tmp_path)
+
+
 def test_a_teacher_enters_a_key_by_the_content_of_its_file(tmp_path: Path) -> None:
     copy, other = tmp_path / "copy.pt", tmp_path / "other.pt"
     shutil.copy(FOUNDATION, copy)
@@ -103,6 +113,8 @@ def test_a_teacher_enters_a_key_by_the_content_of_its_file(tmp_path: Path) -> No
             "model, /nowhere/big.pt, does not exist. There is no folder /nowhere",
         ),
         ("mace", {"model": "big.pt"}, "relative path big.pt"),
+        ("mace", {"model": 3}, "write an absolute path"),
+        ("espresso", {"pseudo_dir": "/p", "pseudopotentials": ["Si.UPF"]}, "write {Si: Si.UPF"),
         (
             "tersoff",
             {"potential_file": "/nowhere/SiC.tersoff"},
