@@ -18,7 +18,7 @@ from hpcft.errors import LabelError, UserError
 from hpcft.labelling.causes import Failure, Try, label_error
 from hpcft.labelling.item import Item, plain_structure
 from hpcft.labelling.label import Label, Relaxation, compute_label, relax
-from hpcft.labelling.reference import Reference, build_calculator, unknown_elements
+from hpcft.labelling.reference import Reference, build_calculator, unsuitable
 
 Result = Label | Relaxation | Failure
 
@@ -117,9 +117,8 @@ def _compute_once(
     connection: Connection,
 ) -> Label | Relaxation:
     calculator = build_calculator(reference, directory)
-    unknown = unknown_elements(reference, item.atoms.numbers)
-    if unknown:
-        raise LabelError("bad-input", f"{reference.calculator} cannot do {', '.join(unknown)}")
+    if why := unsuitable(reference, item.atoms):
+        raise LabelError("bad-input", why)
     os.chdir(directory)  # for codes that write wherever they stand; the build may have read relative paths
 
     def label_of(atoms: Atoms) -> Label:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from hpcft.errors import LabelError
 from hpcft.labelling.causes import calculator_errors
+from hpcft.labelling.convergence import is_unconverged
 from hpcft.labelling.item import plain_structure
 from hpcft.labelling.sanity import symmetric_voigt
 
@@ -218,13 +218,7 @@ def _calculate(atoms: Atoms, calculator: Any, extra: Sequence[str]) -> Mapping[s
 
 def _refuse_unconverged(calculator: Any) -> None:
     """Wrapper scripts lose a code's exit status, and some ASE calculators read any output without a word."""
-    converged = getattr(calculator, "converged", None)
-    unconverged = isinstance(converged, bool | np.bool_) and not converged
-    output = getattr(getattr(calculator, "template", None), "outputname", None)
-    if output is not None:
-        path = Path(calculator.directory) / output
-        unconverged |= path.is_file() and "convergence NOT achieved" in path.read_text(errors="replace")
-    if unconverged:
+    if is_unconverged(calculator):
         raise LabelError("scf", f"the self-consistent field of {type(calculator).__name__} did not converge")
 
 
