@@ -20,7 +20,7 @@ from hpcft.storage.campaign_folder import CampaignFolder
 if TYPE_CHECKING:
     from hpcft.campaign.manager import Manager, Turn
     from hpcft.cli.progress import Progress
-    from hpcft.config.campaign import Campaign
+    from hpcft.config.settings import Settings
     from hpcft.config.site import Site
 
 
@@ -86,13 +86,13 @@ def refuse_impossible(folder: CampaignFolder, site: Site) -> None:
         )
 
 
-def refuse_without_programs(campaign: Campaign, site: Site) -> None:
+def refuse_without_programs(settings: Settings, site: Site) -> None:
     """Raises UserError if the reference's programs, or the scratch they need, are surely not there."""
     from hpcft.cli.preflight import reference_problems
 
     errors = [
         problem
-        for problem in reference_problems(site, campaign, None)
+        for problem in reference_problems(site, settings, None)
         if problem.severity == "error" and problem.key in ("reference.command", "TMPDIR")
     ]
     if errors:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hpcft.cli.campaign import Check, SiteFile, TakeOver
-from hpcft.cli.drive import chosen_site, drive, drive_and_leave, refuse_impossible, short
+from hpcft.cli.drive import (
+    chosen_site,
+    drive,
+    drive_and_leave,
+    refuse_impossible,
+    refuse_without_programs,
+    short,
+)
 from hpcft.cli.labelled import show_labels, showing_what_is_done
 from hpcft.errors import UserError
 from hpcft.storage.campaign_folder import CampaignFolder
@@ -91,6 +98,8 @@ def label(
     from hpcft.campaign.create_labels import open_or_create_labels
 
     run = _settings(name, structures, reference, spread, relaxation if relax else None)
+    if check and not known.identity.exists():
+        refuse_without_programs(run, chosen)
     folder = open_or_create_labels(run, reference, known.root, take_over=take_over)
     if check:
         refuse_impossible(folder, chosen)

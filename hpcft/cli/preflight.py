@@ -13,6 +13,7 @@ from typing import Literal
 from hpcft.cluster.jobs import max_tasks, ranks_of
 from hpcft.cluster.problems import Problem
 from hpcft.config.campaign import STAGES, Campaign, StageName
+from hpcft.config.settings import Settings
 from hpcft.config.site import Site, missing_executables
 from hpcft.errors import UserError
 from hpcft.storage.campaign_folder import CampaignFolder, stages_of
@@ -117,7 +118,7 @@ def machine_problems(
 
 def reference_problems(
     site: Site,
-    campaign: Campaign,
+    settings: Settings,
     inputs: Inputs | None,
     which: Callable[[str], str | None] = shutil.which,
 ) -> list[Problem]:
@@ -125,7 +126,7 @@ def reference_problems(
     from hpcft.labelling.presets import launcher
     from hpcft.labelling.requirements import lacks, scratch_lacks
 
-    mpi = launcher(site.mpi_launcher, campaign.label.ranks_per_calculation)
+    mpi = launcher(site.mpi_launcher, settings.label.ranks_per_calculation)
     is_local = site.executor == "local"
     found = [
         Problem(
@@ -135,7 +136,7 @@ def reference_problems(
             lack.accepted,
             "warning" if site.python or (lack.may_come_later and not is_local) else "error",
         )
-        for lack in lacks(campaign.reference, inputs.symbols if inputs else (), mpi, which)
+        for lack in lacks(settings.reference, inputs.symbols if inputs else (), mpi, which)
     ]
     # The nodes of a cluster have scratch of their own.
     severity: Literal["error", "warning"] = "error" if is_local else "warning"

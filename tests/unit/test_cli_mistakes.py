@@ -289,6 +289,18 @@ def test_structures_that_cannot_be_labelled_are_named_before_anything_is_written
     )
 
 
+def test_a_program_that_is_not_there_is_named_before_a_task_looks_for_it(folder: Path, emt: Path) -> None:
+    (folder.parent / "inputs" / "Cu.upf").touch()
+    emt.write_text(
+        "calculator: espresso\n"
+        f"arguments: {{pseudo_dir: {folder.parent / 'inputs'}, pseudopotentials: {{Cu: Cu.upf}}, input_data: {{ecutwfc: 20}}}}\n"
+        "command: '{mpi} no-such-pw.x'\n"
+    )
+    said = label_refusal(folder, emt)
+    assert said.startswith("reference.command: ")
+    assert "no-such-pw.x" in said
+
+
 def test_options_of_a_relaxation_without_one_are_refused(folder: Path, emt: Path) -> None:
     said = label_refusal(folder, emt, "--max-steps", 50)
     assert said == "--max-steps is for relaxations; add --relax, or leave it out"
