@@ -74,6 +74,8 @@ def run_shard(task: TaskContext, frames: Sequence[Item], relaxations: Sequence[I
         known=known,
         attempt=task.attempt,
         workers=context.settings.label.workers,
+        ranks=context.settings.label.ranks_per_calculation,
+        cores=context.settings.label.resources.cpus_per_rank,
         retry_causes=causes,
     )
     task.ensure_owned()
