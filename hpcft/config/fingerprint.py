@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hpcft.config.reference import DATA_SET_VARIABLES
 from hpcft.config.validate import Section, names_input_file
 from hpcft.config.yaml_file import KeyPath
 from hpcft.errors import UserError
@@ -68,12 +69,19 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _decisive(content: dict[str, Any]) -> dict[str, Any]:
-    """Normalised content without the keys that only say how patiently and with what resources it is computed."""
-    return {
+    """Normalised content without the keys that only say how patiently and with what resources it is computed.
+
+    Of an environment what names data sets stays, as other potentials make other labels.
+    """
+    decisive = {
         key: _decisive(value) if isinstance(value, dict) else value
         for key, value in content.items()
         if key not in PATIENCE_KEYS
     }
+    environment = content.get("environment")
+    if isinstance(environment, dict) and (names := DATA_SET_VARIABLES & environment.keys()):
+        decisive["environment"] = {name: environment[name] for name in names}
+    return decisive
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:

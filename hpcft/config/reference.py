@@ -26,6 +26,24 @@ SHORT_NAMES = (
 )
 """Calculators with settings of their own in hpcft.labelling.presets; any other is named by its dotted path."""
 
+DATA_SET_VARIABLES = frozenset(
+    {
+        "VASP_PP_PATH",
+        "VASP_PP_VERSION",
+        "ASE_VASP_VDW",
+        "GPAW_SETUP_PATH",
+        "CP2K_DATA_DIR",
+        "AIMS_SPECIES_DIR",
+        "ABINIT_PP_PATH",
+        "SIESTA_PP_PATH",
+        "CASTEP_PP_PATH",
+        "OPENMX_DFT_DATA_PATH",
+        "DFTB_PREFIX",
+        "XTBPATH",
+    }
+)
+"""Environment variables by which codes find potentials, basis sets and parameters: they decide the numbers."""
+
 
 def _short_or_dotted(name: str) -> str:
     if "." not in name and name not in SHORT_NAMES:
@@ -66,7 +84,7 @@ class Reference(Section):
     energy: Literal["free", "extrapolated"] = "free"
     """Which energy counts: that from which the forces derive, or the one extrapolated to zero smearing."""
     environment: dict[VariableName, OneLine] = Field(default_factory=dict)
-    """Environment variables of the calculations."""
+    """Environment variables of the calculations; those that name data sets, such as VASP_PP_PATH, enter a label's key."""
     time_limit_s: Annotated[Positive, Unit("s")] = 3600.0
     """Time after which one calculation is stopped and counts as failed, in seconds."""
     memory_limit_GB: Annotated[Positive, Unit("GB")] | None = None

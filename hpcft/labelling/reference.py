@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
 
+from hpcft.config.reference import DATA_SET_VARIABLES
 from hpcft.config.reference import Reference as ReferenceConfig
 from hpcft.errors import UserError
 from hpcft.labelling.arguments import prepared
@@ -81,6 +82,7 @@ class Reference:
 
         These are not the time limit, the ladder, the elements or the launch command. Files that the arguments
         name (potentials, pseudopotentials, models) enter by their content where `contents` has them, else by name.
+        Of the environment only what names data sets enters, as it stands.
         """
         arguments = without_places(self.calculator, self.arguments) if self.contents else dict(self.arguments)
         if isinstance(arguments.get("profile"), Mapping):
@@ -99,6 +101,10 @@ class Reference:
             settings["properties"] = sorted(self.properties)
         if self.energy != "free":
             settings["energy"] = self.energy
+        if data_sets := {
+            name: self.environment[name] for name in DATA_SET_VARIABLES & self.environment.keys()
+        }:
+            settings["data_sets"] = data_sets
         return hashlib.sha256(json.dumps(settings, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
     def provenance(self) -> dict[str, str]:

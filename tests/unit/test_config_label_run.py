@@ -37,6 +37,7 @@ def run(structures: Path, **changes: Any) -> LabelRun:
             }
         },
         {"label": {"store": "/nowhere/labels"}},
+        {"reference": {"calculator": "emt", "environment": {"OMP_NUM_THREADS": "2"}}},
     ],
 )
 def test_patience_and_resources_make_no_other_run(changes: dict[str, Any], structures: Path) -> None:
@@ -49,6 +50,7 @@ def test_patience_and_resources_make_no_other_run(changes: dict[str, Any], struc
         {"reference": {"calculator": "emt", "arguments": {"asap_cutoff": True}}},
         {"label": {"shards": 2}},
         {"relaxation": {}},
+        {"reference": {"calculator": "emt", "environment": {"VASP_PP_PATH": "/pots/54"}}},
     ],
 )
 def test_what_decides_the_labels_or_their_tasks_makes_another_run(
