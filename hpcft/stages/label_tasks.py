@@ -173,7 +173,9 @@ def _salvage(context: StageContext) -> list[dict[str, Any]]:
         listing = list_journals(where.path) if where.path.exists() else Listing({}, {})
         done = [entry for entry in listing.items.values() if entry.done]
         relaxation_frames = sum(map(len, listing.frames.values()))
-        if done or relaxation_frames:  # a relaxation that never came to its end has labels on its way all the same
+        if (
+            done or relaxation_frames
+        ):  # a relaxation that never came to its end has labels on its way all the same
             finish_shard(where.path, provenance_of(context.settings, context.mpi))
         failed = items - len(done)
         found.append(
