@@ -9,9 +9,8 @@ from typing import Any
 
 from hpcft.errors import UserError
 from hpcft.labelling.dotted_path import nearest
-from hpcft.labelling.settings import ESPRESSO
+from hpcft.labelling.settings import ESPRESSO, TEACHER
 
-TEACHER = "hpcft.labelling.teacher.mace"
 TERSOFF = "hpcft.labelling.classical.tersoff"
 STILLINGER_WEBER = "hpcft.labelling.classical.stillinger_weber"
 

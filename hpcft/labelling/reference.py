@@ -20,10 +20,21 @@ from hpcft.config.reference import Reference as ReferenceConfig
 from hpcft.errors import UserError
 from hpcft.labelling.arguments import prepared
 from hpcft.labelling.classical import elements_of_stillinger_weber, elements_of_tersoff
-from hpcft.labelling.contents import STILLINGER_WEBER, TEACHER, TERSOFF, contents_of, without_places
+from hpcft.labelling.contents import STILLINGER_WEBER, TERSOFF, contents_of, without_places
 from hpcft.labelling.dotted_path import resolve
 from hpcft.labelling.presets import MPI, PRESETS, Preset
-from hpcft.labelling.settings import CP2K, ESPRESSO, GPAW, ORCA, TBLITE, canonical, merged, refuse_unconverged
+from hpcft.labelling.settings import (
+    CP2K,
+    ESPRESSO,
+    GPAW,
+    ORCA,
+    TBLITE,
+    TEACHER,
+    canonical,
+    decisive,
+    merged,
+    refuse_unconverged,
+)
 
 # hpcft gives each calculation a new folder and a new start, so that no label depends on the one before.
 _NOT_FOR_USERS = {"directory", "restart", "atoms"}
@@ -80,11 +91,12 @@ class Reference:
     def fingerprint(self) -> str:
         """SHA-256 of the settings that decide the numbers.
 
-        These are not the time limit, the ladder, the elements or the launch command. Files that the arguments
-        name (potentials, pseudopotentials, models) enter by their content where `contents` has them, else by name.
-        Of the environment only what names data sets enters, as it stands.
+        These are not the time limit, the ladder, the elements, the launch command, or what `decisive` leaves out.
+        Files that the arguments name (potentials, pseudopotentials, models) enter by their content where `contents`
+        has them, else by name. Of the environment only what names data sets enters, as it stands.
         """
         arguments = without_places(self.calculator, self.arguments) if self.contents else dict(self.arguments)
+        arguments = decisive(self.calculator, arguments)
         if isinstance(arguments.get("profile"), Mapping):
             arguments["profile"] = {
                 key: value for key, value in arguments["profile"].items() if key != "command"
@@ -156,7 +168,10 @@ def spelt_out(config: ReferenceConfig, mpi: str = "") -> dict[str, Any]:
             )
             raise UserError(f"reference.command is for {programs}; {config.calculator} takes none: {where}")
         preset = preset or Preset(config.calculator)
-    arguments = preset.completed(merged(preset.arguments, preset.read(config.arguments)))
+    beneath = preset.arguments
+    for name in config.properties:
+        beneath = merged(beneath, preset.for_properties.get(name, {}))
+    arguments = preset.completed(merged(beneath, preset.read(config.arguments)))
     if preset.command is None:
         return dict(arguments)
     command = (config.command or preset.command).replace(MPI, mpi).strip()

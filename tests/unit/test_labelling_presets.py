@@ -96,25 +96,6 @@ def test_a_tilde_is_the_user_s_home(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert build_calculator(make("mace", {"model": "~/teacher.pt"}), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "variable"),
-    [
-        ("vasp", "VASP_PP_PATH"),
-        ("vasp", "VASP_PP_VERSION"),
-        ("gpaw", "GPAW_SETUP_PATH"),
-        ("cp2k", "CP2K_DATA_DIR"),
-        ("aims", "AIMS_SPECIES_DIR"),
-    ],
-)
-def test_labels_from_other_data_sets_have_another_key(name: str, variable: str) -> None:
-    plain, one, other, threads = (
-        make(name, PHYSICS[name][0], environment=environment).fingerprint()
-        for environment in ({}, {variable: "/pots/52"}, {variable: "/pots/54"}, {"OMP_NUM_THREADS": "4"})
-    )
-    assert len({plain, one, other}) == 3
-    assert threads == plain
-
-
 def test_a_teacher_enters_a_key_by_the_content_of_its_file(tmp_path: Path) -> None:
     copy, other = tmp_path / "copy.pt", tmp_path / "other.pt"
     shutil.copy(FOUNDATION, copy)
