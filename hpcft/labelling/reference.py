@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -174,8 +175,23 @@ def spelt_out(config: ReferenceConfig, mpi: str = "") -> dict[str, Any]:
     arguments = preset.completed(merged(beneath, preset.read(config.arguments)))
     if preset.command is None:
         return dict(arguments)
-    command = (config.command or preset.command).replace(MPI, mpi).strip()
+    template = preset.command if config.command is None else config.command
+    words_of_command(template.replace(MPI, ""))
+    command = template.replace(MPI, mpi).strip()
     return dict(preset.with_command(arguments, command))
+
+
+def words_of_command(command: str) -> list[str]:
+    """The program that a command starts, and what follows it; UserError if a shell could not read it."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(
+            f"The command {command!r} of the reference cannot be read: {error}; correct it."
+        ) from error
+    if not words:
+        raise UserError(f"The command of the reference names no program; write one, as in '{MPI} pw.x'.")
+    return words
 
 
 def build_calculator(reference: Reference, directory: Path) -> Any:
