@@ -15,7 +15,7 @@ from hpcft.campaign.controllers import dismiss_controller
 from hpcft.campaign.manager import bring_back, reopen_failures, write_marker
 from hpcft.campaign.records import StageRecord, read_records
 from hpcft.campaign.scheduler import Scheduler
-from hpcft.campaign.settings import model_of, settings_of
+from hpcft.campaign.settings import model_of, settings_of, site_of
 from hpcft.config.fingerprint import PATIENCE_KEYS
 from hpcft.errors import SchedulerUnavailable, UserError
 from hpcft.storage.atomic import create_json_once, write_json
@@ -212,9 +212,11 @@ def _publish_labels(folder: CampaignFolder, stage: StageFolder) -> None:
     if not journals:
         return
     from hpcft.labelling.shard import finish_shard
+    from hpcft.stages.label_tasks import provenance_of
 
+    provenance = provenance_of(settings_of(folder), site_of(folder).mpi_launcher)
     for task in sorted(journals):
-        finish_shard(task, {"campaign": settings_of(folder).name})
+        finish_shard(task, provenance)
 
 
 def _register_labels(folder: CampaignFolder, moved: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
 from ase import Atoms
 
 from hpcft.errors import LabelError, UserError
@@ -21,6 +22,8 @@ from hpcft.labelling.label import Label, Relaxation, compute_label, relax
 from hpcft.labelling.reference import Reference, build_calculator, unsuitable
 
 Result = Label | Relaxation | Failure
+
+_SAME_PLACE = 1e-9  # Å
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +53,9 @@ class Refusal:
 def become_child(output: int) -> None:
     """Undo what the supervisor set up for itself; print into `output`, read from nowhere."""
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    polite = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    for number in (signal.SIGCHLD, *polite):
         signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(output, 1)
@@ -83,14 +86,14 @@ def _compute(
 ) -> Answer | Refusal:
     """The result on the first rung of the ladder that converges, and how those before it ended."""
     tries: list[Try] = []
-    frames = {_place(frame.atoms): frame.label for frame in known}
+    frames = list(known)
     for rung, arguments in enumerate(reference.rungs()):
         if rung > 0:
             connection.send(None)
         start = time.monotonic()
         attempt_directory = directory / f"rung-{rung}"
-        attempt_directory.mkdir()
         try:
+            attempt_directory.mkdir()
             result = _compute_once(item, frames, reference.at_rung(arguments), attempt_directory, connection)
             return Answer(result, rung, tuple(tries))
         except LabelError as error:
@@ -111,7 +114,7 @@ def _compute(
 
 def _compute_once(
     item: Item,
-    known: dict[bytes, Label],
+    known: list[Frame],
     reference: Reference,
     directory: Path,
     connection: Connection,
@@ -125,11 +128,13 @@ def _compute_once(
         return compute_label(atoms, calculator, properties=reference.properties, energy=reference.energy)
 
     def frame_of(atoms: Atoms) -> Label:
-        place = _place(atoms)
-        if place not in known:
-            known[place] = label_of(atoms)
-            connection.send(Frame(plain_structure(atoms), known[place]))
-        return known[place]
+        for frame in known:
+            if _is_there(frame.atoms, atoms):
+                return frame.label
+        frame = Frame(plain_structure(atoms), label_of(atoms))
+        known.append(frame)
+        connection.send(frame)
+        return frame.label
 
     if item.kind == "single-point":
         return label_of(item.atoms)
@@ -144,6 +149,9 @@ def _compute_once(
     return relaxation
 
 
-def _place(atoms: Atoms) -> bytes:
-    """Where atoms and cell are, to the last bit: the same labels lead a relaxation the same way."""
-    return bytes((atoms.positions + 0.0).tobytes() + (atoms.cell.array + 0.0).tobytes())
+def _is_there(one: Atoms, other: Atoms) -> bool:
+    """Whether atoms and cell are in the same place, but for what the linear algebra of another processor rounds otherwise."""
+    return bool(
+        np.abs(one.positions - other.positions).max() < _SAME_PLACE
+        and np.abs(one.cell.array - other.cell.array).max() < _SAME_PLACE
+    )

@@ -27,6 +27,7 @@ from hpcft.labelling.item import Kind
 from hpcft.labelling.label import Label, Relaxation
 
 _LONG_OUTPUT = 1000
+_BLOCK_BYTES = 1 << 20
 _ALWAYS = {"numbers", "positions", "cell", "pbc"}
 _COLUMNS: dict[frozenset[str], frozenset[str]] = {}
 _JOURNAL_NAME = re.compile(r"journal-(\d+)\.jsonl")
@@ -143,9 +144,15 @@ class Journal:
 
     def _cut_torn_line(self) -> None:
         """A killed writer may have left half a line, with which the next record would be lost."""
-        size = os.fstat(self._file).st_size
-        content = os.pread(self._file, size, 0)
-        os.ftruncate(self._file, content.rfind(b"\n") + 1)
+        end = os.fstat(self._file).st_size
+        while end > 0:
+            start = max(0, end - _BLOCK_BYTES)
+            newline = os.pread(self._file, end - start, start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        os.ftruncate(self._file, end)
 
 
 def journal_path(folder: Path, attempt: int) -> Path:

@@ -88,10 +88,10 @@ def compute_label(
     value, kind = _energy(results, energy)
     forces_n3 = _array(results, "forces", (len(structure), 3))
     stress_6 = None if results.get("stress") is None else _voigt(results["stress"])
-    check_finite(value, forces_n3, stress_6)
-    check_net_force(forces_n3)
     per_atom = (len(structure),)
     extra = {name: _array(results, name, EXTRA_SHAPES[name] or per_atom) for name in properties}
+    check_finite(value, forces_n3, stress_6, extra)
+    check_net_force(forces_n3)
     return Label(value, kind, forces_n3, stress_6, extra)
 
 
@@ -168,10 +168,9 @@ def check_geometry(atoms: Atoms) -> None:
     """LabelError for a structure that no reference calculation should be started on."""
     if len(atoms) == 0:
         raise LabelError("geometry", "the structure has no atoms")
-    if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
-        raise LabelError(
-            "geometry", f"the positions or the cell of {atoms.get_chemical_formula()} hold NaN or infinity"
-        )
+    for name, values in {"cell": atoms.cell.array, **atoms.arrays}.items():
+        if not np.isfinite(values).all():
+            raise LabelError("geometry", f"the {name} of {atoms.get_chemical_formula()} hold NaN or infinity")
     periodic_vectors = atoms.cell.array[atoms.pbc]
     if len(periodic_vectors) and np.linalg.matrix_rank(periodic_vectors) < len(periodic_vectors):
         raise LabelError(
@@ -183,9 +182,11 @@ def check_geometry(atoms: Atoms) -> None:
         )
 
 
-def check_finite(energy: float, forces_n3: Array, stress_6: Array | None) -> None:
+def check_finite(
+    energy: float, forces_n3: Array, stress_6: Array | None, extra: Mapping[str, Array] | None = None
+) -> None:
     """LabelError with cause 'non-finite' naming what holds NaN or infinity."""
-    named = {"energy": np.asarray(energy), "forces": forces_n3, "stress": stress_6}
+    named = {"energy": np.asarray(energy), "forces": forces_n3, "stress": stress_6, **(extra or {})}
     bad = [name for name, values in named.items() if values is not None and not np.isfinite(values).all()]
     if bad:
         raise LabelError(

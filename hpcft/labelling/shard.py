@@ -62,6 +62,8 @@ def finish_shard(folder: Path, attributes: Mapping[str, Any] | None = None) -> P
     write_json(folder / FAILURES_FILE, [_failed(record) for record in failures])
     if failures:
         write_bytes(folder / OUTPUTS_FILE, _outputs(failures))
+    else:
+        (folder / OUTPUTS_FILE).unlink(missing_ok=True)
     contents = {
         "format": 1,
         "labels": [entry.key for entry in labels],

@@ -10,9 +10,11 @@ import hashlib
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +24,8 @@ from hpcft.labelling.label_index import Place, WantedKeys, listed, look_up, writ
 from hpcft.labelling.shard import SHARD_FILE, read_records
 from hpcft.storage.atomic import read_json
 from hpcft.storage.tree import Array
+
+_Found = TypeVar("_Found")
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +63,7 @@ class LabelStore:
     def find(self, keys: Iterable[str]) -> dict[str, Record]:
         """The records of those keys that some registered shard holds, frames of relaxations as labels like any other.
 
-        A shard that has been moved away or damaged is passed over with a warning: its labels count as
+        A shard that has been moved away or damaged, and a damaged index, is passed over with a warning: its labels count as
         unknown.
         """
         missing, unreadable = set(keys), set[Path]()
@@ -86,8 +90,8 @@ class LabelStore:
         wanted = WantedKeys(keys)
         shards: list[Path] = []
         shard_w = np.full(len(wanted), -1)
-        for index in self._indices() if len(wanted) else ():
-            rows_w, numbers, places = look_up(index, wanted)
+        look_all_up = partial(look_up, wanted=wanted)
+        for rows_w, numbers, places in self._each_index(look_all_up) if len(wanted) else ():
             new = np.full(max(places, default=0) + 1, -1)
             for number, place in places.items():
                 shard = self._present(place)
@@ -103,23 +107,35 @@ class LabelStore:
     def listed(self) -> dict[Path, set[str]]:
         """The keys of every registered shard, by the place beside the store where it is looked for first."""
         found: dict[Path, set[str]] = defaultdict(set)
-        for index in self._indices():
-            for place, keys in listed(index).items():
+        for places in self._each_index(listed):
+            for place, keys in places.items():
                 found[(self.folder / place.relative_path).resolve()] |= keys
         return dict(found)
 
     def shards(self) -> Iterator[Path]:
         """Every registered shard that is still there, once."""
         seen = set[Path]()
-        for index in self._indices():
-            for place in listed(index):
+        for places in self._each_index(listed):
+            for place in places:
                 shard = self._present(place)
                 if shard is not None and shard not in seen:
                     seen.add(shard)
                     yield shard
 
-    def _indices(self) -> list[Path]:
-        return sorted(self.folder.glob("shards-*.h5"))
+    def _each_index(self, read: Callable[[Path], _Found]) -> Iterator[_Found]:
+        """What `read` finds in each index. One campaign's damaged index must not stop the others that share the store."""
+        for index in sorted(self.folder.glob("shards-*.h5")):
+            try:
+                found = read(index)
+            except UserError as error:
+                log.warning(
+                    "an index of the label store %s cannot be read, so what it lists counts as unknown until it is registered "
+                    "again: %s",
+                    self.folder,
+                    error,
+                )
+            else:
+                yield found
 
     def _present(self, place: Place) -> Path | None:
         # First beside the store, where both were moved or copied together; then where it was registered.

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+import psutil
 
 from hpcft.errors import UserError
 from hpcft.labelling.child import Frame, Refusal
@@ -23,16 +28,31 @@ _START = (
     "from hpcft.labelling.supervisor import main; main(int(sys.argv[2]))"
 )
 _MAX_WAIT_S = 30.0
+_MARK = "HPCFT_SUPERVISED_BY"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def shares_of_cores(workers: int) -> list[tuple[int, ...] | None]:
-    """Cores of this process for each worker, none of them twice; None where there is one worker, or too few cores."""
-    cores = sorted(os.sched_getaffinity(0))
-    each = len(cores) // workers
-    if workers == 1 or each == 0:
-        return [None] * workers
-    return [tuple(cores[number * each : (number + 1) * each]) for number in range(workers)]
+@dataclass(frozen=True)
+class Share:
+    """What one worker of several has of a task's cores. `cores`: those it is bound to, None: any of the process's."""
+
+    cores: tuple[int, ...] | None
+    threads: int
+    """For each process of a calculation."""
+
+
+def shares(workers: int, ranks: int, num_cores: int | None) -> list[Share]:
+    """A share for each worker, whose calculations have so many MPI ranks, of the task's cores (None: all that we may use).
+
+    Workers are bound to cores only where the whole task is: elsewhere other tasks would be bound to the same ones.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    total = min(num_cores or len(allowed), len(allowed))
+    each = total // workers
+    threads = max(1, each // ranks)
+    if workers == 1 or each == 0 or total < len(allowed):
+        return [Share(None, threads)] * workers
+    return [Share(tuple(allowed[number * each : (number + 1) * each]), threads) for number in range(workers)]
 
 
 class SupervisedCalculator:
@@ -41,10 +61,10 @@ class SupervisedCalculator:
     `connection` can be waited for, with those of others.
     """
 
-    def __init__(
-        self, reference: Reference, scratch: Path | None = None, cores: tuple[int, ...] | None = None
-    ) -> None:
-        self._order = Order(reference, scratch, cores)
+    def __init__(self, reference: Reference, share: Share, scratch: Path | None = None) -> None:
+        self._order = Order(reference, scratch, share.cores)
+        self._threads = share.threads
+        self._mark = f"{os.getpid()}-{secrets.token_hex(8)}"
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._folder: Path | None = None
@@ -61,6 +81,9 @@ class SupervisedCalculator:
             connection = self._connection or self._start()
             connection.send((item, known))
         except ConnectionError as error:
+            with contextlib.suppress(EOFError, ConnectionError):
+                while self.connection.poll():  # its last word may say why
+                    self.receive()
             raise self._lost() from error
 
     def receive(self) -> Frame | Outcome | None:
@@ -107,16 +130,27 @@ class SupervisedCalculator:
         return connection
 
     def _environment(self) -> dict[str, str]:
-        """More threads than a worker's share of the cores would slow all of them down."""
-        cores = self._order.cores
-        threads = {} if cores is None else dict.fromkeys(_THREADS, str(len(cores)))
-        return {**os.environ, **threads, **self._order.reference.environment}
+        """More threads than this share of the cores has would slow all down; fewer are the site's or the user's wish."""
+        threads = {name: str(_at_most(os.environ.get(name), self._threads)) for name in _THREADS}
+        return {**os.environ, **threads, _MARK: self._mark, **self._order.reference.environment}
 
     def _lost(self) -> RuntimeError:
         assert self._process is not None
         status = self._process.wait()
+        self._end_what_is_left()
         return RuntimeError(
             f"The process that supervises {self._order.reference.calculator} ended with status {status} "
             "(negative: a signal), and nothing was recorded for the present item; see what it printed to "
             "standard error, then run again."
         )
+
+    def _end_what_is_left(self) -> None:
+        """The programs of a supervisor that was killed live on: all that it has started bears its mark."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(_MARK) == self._mark:
+                    process.kill()
+
+
+def _at_most(wish: str | None, threads: int) -> int:
+    return min(int(wish), threads) if wish and wish.isdigit() and int(wish) > 0 else threads

@@ -318,8 +318,11 @@ class _Child:
 def _memory_of(process: psutil.Process) -> int:
     """Bytes, each page shared with others in parts: forked processes and MPI ranks have many in common."""
     try:
-        return int(process.memory_full_info().pss)
-    except (psutil.NoSuchProcess, psutil.AccessDenied, AttributeError):
+        try:
+            return int(process.memory_full_info().pss)
+        except (psutil.AccessDenied, AttributeError):
+            return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
         return 0
 
 

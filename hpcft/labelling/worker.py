@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import Counter, deque
@@ -17,7 +18,7 @@ from hpcft.labelling.item import Item, item_key
 from hpcft.labelling.journal import Entry, Journal, Listing, Record, journal_path, list_journals
 from hpcft.labelling.label import Label
 from hpcft.labelling.reference import Reference
-from hpcft.labelling.supervised import SupervisedCalculator, shares_of_cores
+from hpcft.labelling.supervised import SupervisedCalculator, shares
 from hpcft.labelling.supervisor import Outcome
 
 # Here the machine is at fault: were they recorded, one bad node would turn a whole campaign into failed
@@ -46,6 +47,8 @@ def label_items(
     known: Mapping[str, Record] | None = None,
     attempt: int = 0,
     workers: int = 1,
+    ranks: int = 1,
+    cores: int | None = None,
     retry_causes: Collection[str] = ("interrupted",),
     scratch: Path | None = None,
     on_progress: Callable[[Record], None] | None = None,
@@ -57,9 +60,9 @@ def label_items(
     equal items are taken over instead of computed. `on_progress` gets each record once it is durable; whatever it raises
     ends the run, and the next one goes on from there.
 
-    `workers` items are computed side by side, in the order given, each worker on cores of its own. No two processes
-    may run the same attempt number in one folder. `scratch` holds the calculations' files while they run (default:
-    $TMPDIR).
+    `workers` items are computed side by side, in the order given, each with its share of the task's `cores` (default: all
+    that this process may use); a calculation has `ranks` MPI ranks, among which it divides that share. No two processes may
+    run the same attempt number in one folder. `scratch` holds the calculations' files while they run (default: $TMPDIR).
 
     Raises UserError if the reference cannot be built or the folder holds other items, and LabelError if the
     machine is at fault (cause 'missing-binary' or 'disk-full'); neither is recorded as an item's failure.
@@ -68,12 +71,16 @@ def label_items(
     keys = [item_key(item, reference) for item in items]
     folder.mkdir(parents=True, exist_ok=True)
     listing = list_journals(folder)
-    _check_same_items(listing, keys, folder)
+    _check_same_items(listing, keys, folder, reference)
     with Journal(journal_path(folder, attempt)) as journal:
         shard = _Shard(items, keys, reference, listing, journal, attempt, on_progress)
         num_found = shard.take_over(known or {}, retry_causes)
         if shard.waiting:
-            _compute_all(shard, reference, min(workers, len(shard.waiting)), scratch)
+            calculators = [
+                SupervisedCalculator(reference, share, scratch)
+                for share in shares(min(workers, len(shard.waiting)), ranks, cores)
+            ]
+            _compute_all(shard, calculators)
     causes = Counter(cause for cause in shard.ended.values() if cause is not None)
     num_failed = sum(causes.values())
     return LabelSummary(
@@ -87,35 +94,44 @@ def label_items(
     )
 
 
-def _compute_all(shard: _Shard, reference: Reference, workers: int, scratch: Path | None) -> None:
-    """Hand the waiting items to idle workers until none is left."""
-    shares = shares_of_cores(workers)
-    calculators = [SupervisedCalculator(reference, scratch, cores) for cores in shares]
+def _compute_all(shard: _Shard, calculators: Sequence[SupervisedCalculator]) -> None:
+    """Hand the waiting items to idle calculators until none is left."""
     busy: dict[SupervisedCalculator, _Work] = {}
     try:
         while shard.waiting or busy:
             for calculator in calculators:
                 if calculator not in busy and shard.waiting:
-                    work = _Work(shard.waiting.popleft())
+                    busy[calculator] = work = _Work(shard.waiting.popleft())
                     calculator.begin(shard.items[work.index], shard.known_frames(work.index))
-                    busy[calculator] = work
             ready = wait([calculator.connection for calculator in busy])
             for calculator in [one for one in busy if one.connection in ready]:
-                message = calculator.receive()
-                work = busy[calculator]
-                if isinstance(message, Frame):
-                    shard.keep_frame(work.index, message)
-                elif isinstance(message, Outcome):
-                    if _was_interrupted(message) and not work.is_second_try:
-                        # A scheduler's signal says nothing about the structure; a second one may.
-                        work.is_second_try = True
-                        calculator.begin(shard.items[work.index], shard.known_frames(work.index))
-                        continue
-                    del busy[calculator]
-                    shard.keep(work.index, message)
+                _take_message(shard, calculator, busy)
+    except BaseException:
+        # What the others have finished meanwhile is paid for as well.
+        for calculator in list(busy):
+            with contextlib.suppress(Exception):
+                while calculator in busy and calculator.connection.poll():
+                    _take_message(shard, calculator, busy)
+        raise
     finally:
         for calculator in calculators:
             calculator.close()
+
+
+def _take_message(
+    shard: _Shard, calculator: SupervisedCalculator, busy: dict[SupervisedCalculator, _Work]
+) -> None:
+    message, work = calculator.receive(), busy[calculator]
+    if isinstance(message, Frame):
+        shard.keep_frame(work.index, message)
+    elif isinstance(message, Outcome):
+        if _was_interrupted(message) and not work.is_second_try:
+            # A scheduler's signal says nothing about the structure; a second one may.
+            work.is_second_try = True
+            calculator.begin(shard.items[work.index], shard.known_frames(work.index))
+            return
+        del busy[calculator]
+        shard.keep(work.index, message)
 
 
 @dataclass
@@ -242,10 +258,23 @@ def _refuse_machine(index: int, result: object) -> None:
         )
 
 
-def _check_same_items(listing: Listing, keys: Sequence[str], folder: Path) -> None:
-    for index, entry in listing.items.items():
-        if index >= len(keys) or entry.key != keys[index]:
-            raise UserError(
-                f"{folder} holds labels of other structures or of another reference (item {index} differs). "
-                "Label into a new folder; results are found again through the label store."
-            )
+def _check_same_items(listing: Listing, keys: Sequence[str], folder: Path, reference: Reference) -> None:
+    others = [
+        index for index, entry in listing.items.items() if index >= len(keys) or entry.key != keys[index]
+    ]
+    # A relaxation that was killed has left no key of its own, but frames, whose keys know the reference as well.
+    others += [
+        index
+        for index, frames in listing.frames.items()
+        if index >= len(keys) or frames[0].key != _key_of_frame(frames[0].read(), reference)
+    ]
+    if others:
+        raise UserError(
+            f"{folder} holds labels of other structures or of another reference (item {min(others)} differs). "
+            "Label into a new folder; results are found again through the label store."
+        )
+
+
+def _key_of_frame(frame: Record, reference: Reference) -> str:
+    assert frame.atoms is not None
+    return item_key(Item.single_point(frame.atoms), reference)

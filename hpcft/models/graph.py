@@ -58,9 +58,10 @@ class Graph:
 
     @property
     def num_bytes(self) -> int:
-        return int(sum(tensor.nbytes for tensor in self._tensors().values()))
+        return int(sum(tensor.nbytes for tensor in self.tensors().values()))
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it consists of, by name."""
         return {name: value for name, value in vars(self).items() if name != "known"}
 
     @property
@@ -142,7 +143,7 @@ class Graph:
         """Move all tensors; `dtype` applies to the floating-point ones. To a GPU they go while the processor works on."""
         to_gpu = torch.device(device).type == "cuda" and self.positions_n3.device.type == "cpu"
         moved = {}
-        for name, tensor in self._tensors().items():
+        for name, tensor in self.tensors().items():
             kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
             tensor = tensor.to(kind)
             if to_gpu:

@@ -13,10 +13,8 @@ from hpcft.config.campaign import Campaign, Relaxations
 from hpcft.config.label_run import Relaxation
 from hpcft.config.settings import Settings
 from hpcft.errors import CampaignStopped
-from hpcft.labelling.causes import Failure
 from hpcft.labelling.item import Item, StoredItems, item_key
-from hpcft.labelling.journal import Record, read_journals
-from hpcft.labelling.label import Label
+from hpcft.labelling.journal import Listing, Record, list_journals
 from hpcft.labelling.presets import launcher
 from hpcft.labelling.reference import Reference, reference_from
 from hpcft.labelling.shard import SHARD_FILE, finish_shard
@@ -30,9 +28,16 @@ from hpcft.storage.campaign_folder import RETRY_FAILURES, CampaignFolder
 
 
 def reference_of(context: StageContext) -> Reference:
-    return reference_from(
-        context.settings.reference, launcher(context.mpi, context.settings.label.ranks_per_calculation)
-    )
+    return _reference(context.settings, context.mpi)
+
+
+def provenance_of(settings: Settings, mpi: Sequence[str]) -> dict[str, Any]:
+    """What each file of labels says of the reference and the campaign: without it no store can tell whose they are."""
+    return _reference(settings, mpi).provenance() | {"campaign": settings.name}
+
+
+def _reference(settings: Settings, mpi: Sequence[str]) -> Reference:
+    return reference_from(settings.reference, launcher(mpi, settings.label.ranks_per_calculation))
 
 
 def relaxation_items(
@@ -74,10 +79,12 @@ def run_shard(task: TaskContext, frames: Sequence[Item], relaxations: Sequence[I
         known=known,
         attempt=task.attempt,
         workers=context.settings.label.workers,
+        ranks=context.settings.label.ranks_per_calculation,
+        cores=context.settings.label.resources.cpus_per_rank,
         retry_causes=causes,
     )
     task.ensure_owned()
-    finish_shard(task.path, _provenance(context))
+    finish_shard(task.path, provenance_of(context.settings, context.mpi))
     retry.unlink(missing_ok=True)
     published = read_json(task.path / SHARD_FILE)
     return {
@@ -102,10 +109,6 @@ def _known(context: StageContext, keys: Sequence[str]) -> dict[str, Record]:
     for store in stores_of(context.folder, context.settings):
         found |= store.find(set(keys) - found.keys())
     return found
-
-
-def _provenance(context: StageContext) -> dict[str, Any]:
-    return reference_of(context).provenance() | {"campaign": context.settings.name}
 
 
 def collect_shards(context: StageContext) -> dict[str, Any]:
@@ -169,18 +172,21 @@ def _salvage(context: StageContext) -> list[dict[str, Any]]:
     for index in context.here.read_set_aside():
         where = context.here.task(index)
         items = sum(len(numbers_of(plan[index][kind])) for kind in ("frames", "relaxations"))
-        records = read_journals(where.path) if where.path.exists() else {}
-        done = [r.result for r in records.values() if not isinstance(r.result, Failure)]
-        if done:
-            finish_shard(where.path, _provenance(context))
-        frames = sum(isinstance(result, Label) for result in done)
+        listing = list_journals(where.path) if where.path.exists() else Listing({}, {})
+        done = [entry for entry in listing.items.values() if entry.done]
+        relaxation_frames = sum(map(len, listing.frames.values()))
+        if (
+            done or relaxation_frames
+        ):  # a relaxation that never came to its end has labels on its way all the same
+            finish_shard(where.path, provenance_of(context.settings, context.mpi))
         failed = items - len(done)
         found.append(
             {
                 "items": items,
                 "done": len(done),
                 "failed": failed,
-                "frames_done": frames,
+                "frames_done": sum(entry.kind == "single-point" for entry in done),
+                "relaxation_frames": relaxation_frames,
                 "causes": {"set-aside": failed},
             }
         )

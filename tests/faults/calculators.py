@@ -101,6 +101,10 @@ class ChargedEMT(EMT):
         "dipole",
     ]
 
+    def __init__(self, broken: str = "") -> None:
+        super().__init__()
+        self.broken = broken
+
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -113,6 +117,8 @@ class ChargedEMT(EMT):
         self.results["magmoms"] = atoms.positions[:, 0] + 1
         self.results["charges"] = atoms.positions[:, 1]
         self.results["dipole"] = atoms.positions.sum(axis=0)
+        if self.broken in atoms.get_chemical_symbols():
+            self.results["dipole"] = self.results["dipole"] * float("nan")
 
 
 class UnsettledEMT(CountingEMT):

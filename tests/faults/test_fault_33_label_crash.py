@@ -55,13 +55,14 @@ def test_a_polite_signal_from_outside_is_not_held_against_the_structure(
     assert (summary.num_done, summary.num_failed) == (1, 0)
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_calculation_that_is_always_ended_by_a_polite_signal_is_tried_again_by_the_next_attempt(
-    tmp_path: Path, metals: Callable[..., list[Atoms]]
+    tmp_path: Path, metals: Callable[..., list[Atoms]], name: str
 ) -> None:
     items = [Item.single_point(metals("Au")[0])]
-    summary = label_items(items, dying(tmp_path, "SIGTERM"), tmp_path / "shard")
+    summary = label_items(items, dying(tmp_path, name), tmp_path / "shard")
     assert summary.causes == {"interrupted": 1}
-    assert label_items(items, dying(tmp_path, "SIGTERM"), tmp_path / "shard", attempt=1).num_computed == 1
+    assert label_items(items, dying(tmp_path, name), tmp_path / "shard", attempt=1).num_computed == 1
 
 
 def test_output_without_bound_is_kept_only_at_its_end(

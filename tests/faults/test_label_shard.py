@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from calculators import lines_of
 
 from hpcft.errors import UserError
 from hpcft.labelling.item import Item, item_key
-from hpcft.labelling.journal import Journal, Record, journal_path, read_journal, read_journals
+from hpcft.labelling.journal import Journal, Record, encode_line, journal_path, read_journal, read_journals
 from hpcft.labelling.label import Label, Relaxation
 from hpcft.labelling.reference import Reference
 from hpcft.labelling.shard import finish_shard, read_shard
@@ -124,6 +126,40 @@ def test_a_supervisor_that_is_killed_ends_the_run_and_blames_no_structure(
     wait_until_gone([process.pid for process in family])
     (tmp_path / "gate").touch()
     assert label_items(items, gated, tmp_path / "shard", attempt=1).num_done == 2
+
+
+def test_programs_that_a_killed_supervisor_had_started_do_not_live_on(
+    tmp_path: Path, metals: Metals, wait_until_gone: Callable[[list[int]], None]
+) -> None:
+    pids = tmp_path / "pids"
+    hanging = Reference("calculators.HangingEMT", {"calls": str(tmp_path / "calls"), "pids": str(pids)})
+
+    def kill_supervisor() -> None:
+        while len(lines_of(pids)) < 4:
+            time.sleep(0.01)
+        psutil.Process().children()[0].kill()
+
+    killer = threading.Thread(target=kill_supervisor)
+    killer.start()
+    with pytest.raises(RuntimeError, match="supervises"):
+        label_items([Item.single_point(metals("Au")[0])], hanging, tmp_path / "shard")
+    killer.join()
+    wait_until_gone([int(pid) for pid in lines_of(pids)])
+
+
+def test_a_journal_of_more_than_two_gigabytes_loses_nothing_but_its_torn_line(
+    tmp_path: Path, records: list[Record]
+) -> None:
+    path = journal_path(tmp_path, 0)
+    whole = encode_line(records[0])
+    with path.open("wb") as file:
+        file.seek(5 << 29)  # zeros that take no space
+        file.write(b"\n" + whole + b'{"crc32":"torn')
+    with Journal(path) as journal:
+        journal.append(records[1])
+    with path.open("rb") as file:
+        file.seek(5 << 29)
+        assert file.read() == b"\n" + whole + encode_line(records[1])
 
 
 def test_failures_are_tried_again_only_for_the_causes_asked_for(

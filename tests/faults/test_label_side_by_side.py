@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from calculators import ChargedEMT, lines_of
 from hpcft.errors import UserError
 from hpcft.labelling.causes import Failure
 from hpcft.labelling.item import Item, item_key
-from hpcft.labelling.journal import read_journals
+from hpcft.labelling.journal import Record, journal_path, read_journals
 from hpcft.labelling.label import Label, Relaxation
 from hpcft.labelling.reference import Reference
 from hpcft.labelling.shard import finish_shard, read_frames, read_shard
+from hpcft.labelling.supervised import Share, shares
 from hpcft.labelling.worker import label_items
 
 Metals = Callable[..., list[Atoms]]
@@ -31,8 +33,9 @@ def reference(name: str, where: Path, **settings: object) -> Reference:
 
 
 def test_two_workers_compute_at_the_same_time_on_cores_and_threads_of_their_own(
-    tmp_path: Path, metals: Metals
+    tmp_path: Path, metals: Metals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
     (tmp_path / "met").mkdir()
     items = [Item.single_point(atoms) for atoms in metals("Cu", "Ni", "Au", "Pt", "Cu")]
     meeting = reference("MeetingEMT", tmp_path, folder=str(tmp_path / "met"))
@@ -54,6 +57,61 @@ def test_two_workers_compute_at_the_same_time_on_cores_and_threads_of_their_own(
         atoms.calc = EMT()
         assert isinstance(record.result, Label)
         np.testing.assert_array_equal(record.result.forces_n3, atoms.get_forces())
+
+
+def test_workers_ranks_and_threads_together_fill_a_task_s_cores_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(10, 18)))
+    assert shares(2, 1, 8) == [Share((10, 11, 12, 13), 4), Share((14, 15, 16, 17), 4)]
+    assert shares(2, 4, 8) == [Share((10, 11, 12, 13), 1), Share((14, 15, 16, 17), 1)]
+    assert shares(1, 8, 8) == [Share(None, 1)]
+    assert (
+        shares(2, 1, 4) == [Share(None, 2)] * 2
+    )  # not bound itself: another task would be bound to the same cores
+    assert shares(16, 1, 8) == [Share(None, 1)] * 16
+
+
+def test_what_another_worker_has_finished_is_kept_when_the_run_ends_with_an_error(
+    tmp_path: Path, metals: Metals
+) -> None:
+    calls = tmp_path / "calls"
+
+    def stop(record: Record) -> None:
+        while len(lines_of(calls)) < 2:
+            time.sleep(0.01)
+        time.sleep(1)  # till its answer has come
+        raise KeyboardInterrupt
+
+    items = [Item.single_point(atoms) for atoms in metals("Cu", "Ni")]
+    with pytest.raises(KeyboardInterrupt):
+        label_items(
+            items, reference("CountingEMT", tmp_path), tmp_path / "shard", workers=2, on_progress=stop
+        )
+    assert sorted(read_journals(tmp_path / "shard")) == [0, 1]
+
+
+def test_numbers_that_are_none_beside_energy_and_forces_cost_only_their_structure(
+    tmp_path: Path, metals: Metals
+) -> None:
+    bad_start, bad_result, good = metals("Cu", "Au", "Cu")
+    bad_start.set_initial_magnetic_moments([np.nan, 0, 0, 0])
+    broken = Reference("calculators.ChargedEMT", {"broken": "Au"}, properties=("dipole",))
+    items = [Item.single_point(atoms) for atoms in (bad_start, bad_result, good)]
+    summary = label_items(items, broken, tmp_path / "shard")
+    assert (summary.num_done, summary.causes) == (1, {"geometry": 1, "non-finite": 1})
+
+
+def test_frames_of_another_reference_are_not_gone_on_from(tmp_path: Path, metals: Metals) -> None:
+    dying = reference("DiesAtStepEMT", tmp_path)
+    items = [Item.relaxation(metals("Cu")[0], fmax=0.01, max_steps=50)]
+    label_items(items, dying, tmp_path / "shard")
+    journal = journal_path(tmp_path / "shard", 0)
+    frames = [line for line in journal.read_bytes().splitlines(keepends=True) if b'"step":' in line]
+    journal.write_bytes(b"".join(frames))  # as after a kill in its middle
+    with pytest.raises(UserError, match="another reference"):
+        label_items(items, reference("CountingEMT", tmp_path), tmp_path / "shard", attempt=1)
+    assert label_items(items, dying, tmp_path / "shard", attempt=1).num_done == 1
 
 
 def test_a_calculation_that_holds_too_much_memory_is_killed_with_all_its_processes_and_the_others_go_on(

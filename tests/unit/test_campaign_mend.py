@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ase.build import bulk
 from fake_slurm import (
     RUNNING,
     Clock,
@@ -25,8 +26,12 @@ from hpcft.campaign.decide import Submit
 from hpcft.campaign.manager import Manager
 from hpcft.campaign.mend import change_settings, retry, rewind
 from hpcft.errors import SchedulerUnavailable, UserError
+from hpcft.labelling.item import Item
+from hpcft.labelling.reference import Reference
+from hpcft.labelling.worker import label_items
 from hpcft.storage.atomic import create_json_once, read_json, write_json
 from hpcft.storage.campaign_folder import CampaignFolder
+from hpcft.storage.structures import read_provenance
 
 
 @pytest.fixture
@@ -147,6 +152,21 @@ def test_a_rewound_stage_is_kept_aside_and_begins_again_from_its_plan(
     assert current(folder).name == "probe"
     assert current(folder).num_tasks is None
     assert manager.step().actions[0].stage == "probe"  # type: ignore[union-attr]
+
+
+def test_labels_of_a_rewound_stage_still_say_of_which_reference_they_are(
+    folder: CampaignFolder, manager: Manager, slurm: FakeSlurm
+) -> None:
+    """The task had not come to publish what is in its journal."""
+    finish(folder, 0, 1)
+    manager.step()
+    task = folder.stage(0, "reference").task(0).path
+    task.mkdir(parents=True)
+    reference = Reference("ase.calculators.emt.EMT")
+    label_items([Item.single_point(bulk("Cu"))], reference, task)
+    [moved] = rewind(folder, 0, "reference", manager.scheduler)
+    about = read_provenance(moved / task.relative_to(folder.stage(0, "reference").path) / "labels.h5")
+    assert about == {**reference.provenance(), "campaign": "small"}
 
 
 def test_a_rewind_that_was_killed_half_way_is_completed_by_saying_it_again(

@@ -99,6 +99,24 @@ def test_a_key_in_several_shards_is_located_in_one_that_is_still_there(
     assert store.locate(shared, passed_over={places[1]}) == {}
 
 
+@pytest.mark.parametrize("damage", [b"", b"torn", b"no file of hpcft" * 100])
+def test_a_damaged_index_of_one_campaign_does_not_keep_the_others_from_their_labels(
+    damage: bytes, tmp_path: Path, store: LabelStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    places = [shard(tmp_path / name / "0", [key(number)]) for number, name in enumerate("ab")]
+    store.register_below(tmp_path / "a")
+    [index] = store.folder.iterdir()
+    store.register_below(tmp_path / "b")
+    index.write_bytes(damage)
+    with caplog.at_level(logging.WARNING):
+        assert store.locate([key(0), key(1)]) == {key(1): places[1]}
+    assert str(index) in caplog.text
+    assert store.listed() == {places[1]: {key(1)}}
+    assert list(store.shards()) == [places[1]]
+    store.register_below(tmp_path / "a")
+    assert store.locate([key(0)]) == {key(0): places[0]}
+
+
 def test_registering_the_same_folder_again_replaces_what_it_had(tmp_path: Path, store: LabelStore) -> None:
     place = shard(tmp_path / "shards" / "0", [key(0)])
     store.register(place)

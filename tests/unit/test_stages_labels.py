@@ -24,7 +24,7 @@ from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.label import plan
 from hpcft.stages.label_plan import seen_so_far, shards
 from hpcft.stages.label_tasks import collect_shards, reference_of, run_shard
-from hpcft.stages.labels import label_outcomes, training_labels
+from hpcft.stages.labels import label_outcomes, relaxation_frames, training_labels
 from hpcft.stages.sharing import work_of
 from hpcft.storage.atomic import read_json, write_json
 from hpcft.storage.campaign_folder import CampaignFolder
@@ -177,6 +177,39 @@ def test_what_a_task_had_labelled_before_it_was_set_aside_is_kept_and_the_rest_h
     write_json(here.here.product, {**product, "tasks": 2})
     tidy(here.here)
     assert sorted(label_outcomes(here, "label")) == [0, 1, 2, 3]
+
+
+RELAXATIONS = {"train": "/nowhere/starts.extxyz", "learn_frames": True}
+
+
+def test_the_frames_of_a_relaxation_that_was_set_aside_before_its_end_are_kept_and_learnt_from(
+    folder: CampaignFolder,
+) -> None:
+    """Its journal holds three steps, each paid for, and no finished item."""
+    training = {"epochs": 1, "relaxation": {"weight": 1.0}}
+    here = context(folder, 1, "label", **TOLERANT, train=training, relaxations=RELAXATIONS)
+    here.here.path.mkdir(parents=True)
+    plan = shards(np.ones(2), np.ones(1), 2)
+    [lone] = [i for i, payload in enumerate(plan) if payload["relaxations"]]
+    plan[lone]["frames"], plan[1 - lone]["frames"] = "", "0:2:1"
+    write_json(here.here.plan, {"tasks": plan})
+    reference = reference_of(here)
+    task = here.here.task(lone).path
+    task.mkdir(parents=True)
+    steps = [copper(seed) for seed in range(3)]
+    keys = [item_key(Item.single_point(atoms), reference) for atoms in steps]
+    with Journal(journal_path(task, 1)) as journal:
+        for step, (atoms, key) in enumerate(zip(steps, keys, strict=True)):
+            result = Label(-1.0, "free_energy", np.zeros((len(atoms), 3)), None)
+            journal.append(Record(0, key, "single-point", result, atoms, 1.0, step=step))
+    done = label(here, 1 - lone, [copper(8), copper(9)], plan[1 - lone])
+    set_aside(here, lone)
+    write_json(here.here.task(1 - lone).result, done)
+
+    product = collected(here).product("label")
+    assert product["causes"] == {"set-aside": 1}
+    assert product["relaxation_frames"] == len(relaxation_frames(here)) == 3
+    assert set(LabelStore(folder.labels).find(keys)) == set(keys), "they are not paid for again"
 
 
 @pytest.mark.parametrize("has_begun", [True, False])

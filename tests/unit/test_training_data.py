@@ -90,8 +90,8 @@ def test_a_batch_holds_the_labels_of_its_structures_in_the_order_that_was_asked_
         forces = np.concatenate([structures[2].arrays["REF_forces"], structures[0].arrays["REF_forces"]])
         np.testing.assert_array_equal(batch.labels.forces_n3.numpy(), forces)
         expected = build_graph([structures[2], structures[0]], CUTOFF)
-        for name, tensor in vars(batch.graph).items():
-            assert torch.equal(tensor, vars(expected)[name]), name
+        for name, tensor in batch.graph.tensors().items():
+            assert torch.equal(tensor, expected.tensors()[name]), name
         assert batch.labels.stress_known_b.tolist() == [1.0, 0.0]
         assert batch.labels.stress_b33[0].tolist() == [[1, 6, 5], [6, 2, 4], [5, 4, 3]]
         assert batch.labels.stress_b33[1].abs().max() == 0
