@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -18,8 +19,9 @@ from ase.data import atomic_numbers, chemical_symbols
 
 from hpcft.config.reference import DATA_SET_VARIABLES
 from hpcft.config.reference import Reference as ReferenceConfig
-from hpcft.errors import UserError
+from hpcft.errors import LabelError, UserError
 from hpcft.labelling.arguments import prepared
+from hpcft.labelling.causes import CAUSES_OF_THE_MACHINE, label_error
 from hpcft.labelling.classical import elements_of_stillinger_weber, elements_of_tersoff
 from hpcft.labelling.contents import STILLINGER_WEBER, TERSOFF, contents_of, without_places
 from hpcft.labelling.dotted_path import resolve
@@ -39,6 +41,8 @@ from hpcft.labelling.settings import (
 
 # hpcft gives each calculation a new folder and a new start, so that no label depends on the one before.
 _NOT_FOR_USERS = {"directory", "restart", "atoms"}
+# How a file that the user has misspelt, or that is of another kind, shows; any other OSError is the machine's.
+_WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, None}
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,9 @@ def words_of_command(command: str) -> list[str]:
 
 
 def build_calculator(reference: Reference, directory: Path) -> Any:
-    """A new ASE calculator that works in `directory`; UserError if the path or the arguments do not fit."""
+    """A new ASE calculator that works in `directory`; UserError if the path or the arguments do not fit, LabelError if
+    the machine cannot start its program or read its files.
+    """
     factory = resolve(reference.calculator)
     arguments = prepared(reference.calculator, factory, reference.arguments, directory)
     # CP2K's program is started at once, and reads and writes where it was started; GPAW opens its output.
@@ -207,10 +213,25 @@ def build_calculator(reference: Reference, directory: Path) -> Any:
     except UserError:
         raise
     except Exception as error:  # each code has its own way to reject its arguments
+        if cause := _cause_of_the_machine(error):
+            command = reference.arguments.get("command")
+            how = f" by its command {command!r}" if command else ""
+            raise LabelError(
+                cause, f"{reference.calculator} did not start{how} ({type(error).__name__}: {error})"
+            ) from error
         raise UserError(
             f"{reference.calculator} did not accept its arguments: {type(error).__name__}: {error}. "
             f"Given were {', '.join(sorted(reference.arguments)) or 'none'}; correct them."
         ) from error
+
+
+def _cause_of_the_machine(error: Exception) -> str | None:
+    """Why a calculator whose arguments may be sound could not be made, or None."""
+    cause = label_error(error, None).cause
+    if cause in CAUSES_OF_THE_MACHINE:
+        return cause
+    is_unreadable = isinstance(error, OSError) and error.errno not in _WRONG_PATH
+    return "missing-binary" if is_unreadable else None
 
 
 def check_arguments(reference: Reference) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from ase.data import atomic_numbers
 
 from hpcft.config.reference import Reference as ReferenceConfig
-from hpcft.errors import UserError
+from hpcft.errors import LabelError, UserError
 from hpcft.labelling.dotted_path import resolve
 from hpcft.labelling.presets import MPI, PRESETS
 from hpcft.labelling.reference import (
@@ -76,7 +76,7 @@ def _lacks(config: ReferenceConfig, symbols: Collection[str], mpi: str, which: W
         reference = reference_from(config, mpi)
         check_arguments(reference)
         unknown = unknown_elements(reference, [atomic_numbers[symbol] for symbol in symbols])
-    except UserError as mistake:
+    except (UserError, LabelError) as mistake:
         yield Lack("arguments", str(mistake))
         return
     if unknown:
