@@ -7,6 +7,12 @@ class UserError(ValueError):
     """A mistake in what the user wrote or asked for; the command line shows it without a traceback (exit code 2)."""
 
 
+class MissingInput(UserError):
+    """A file that the settings name is not there or not readable; to a task, which runs once that was checked, the file
+    system may be away for a while, so it is tried again.
+    """
+
+
 class LabelError(ValueError):
     """A reference calculation gave no label; `cause` is one word that records and tables group by."""
 

@@ -21,7 +21,7 @@ from typing import Any
 from hpcft import __version__
 from hpcft.campaign.records import intents_of
 from hpcft.cluster.ranks import rank_of_this_process, spread_over_gpus
-from hpcft.errors import CampaignStopped, UserError
+from hpcft.errors import CampaignStopped, MissingInput, UserError
 from hpcft.storage.atomic import create_json_once, read_json, remove_leftovers
 from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, TaskFolder
 from hpcft.training.rank import Rank
@@ -289,11 +289,12 @@ def _ending_signals() -> Iterator[_Signals]:
 def _record_error(task: TaskFolder, attempt: int, error: BaseException, signals: _Signals) -> None:
     """Why this attempt ended. `final`: the same input would fail again, so it is not tried again."""
     timed_out = isinstance(error, KeyboardInterrupt) and signals.time_is_up
+    is_mistake = isinstance(error, UserError | CampaignStopped) and not isinstance(error, MissingInput)
     content = {
         "attempt": attempt,
         "cause": "time-limit" if timed_out else "error",
         "message": f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error),
-        "final": isinstance(error, UserError | CampaignStopped) or type(error).__name__ == "NotFinite",
+        "final": is_mistake or type(error).__name__ == "NotFinite",
         "traceback": traceback.format_exc()[-8000:],
         "host": platform.node(),
         "at": time.time(),

@@ -63,6 +63,7 @@ def _has_a_profile(factory: Callable[..., Any]) -> bool:
 
 def _profile(path: str, factory: Callable[..., Any], wanted: Any) -> Any:
     """An object of the profile class that stands beside the calculator's, such as EspressoProfile."""
+    from ase.calculators.calculator import BadConfiguration
     from ase.calculators.genericfileio import BaseProfile
 
     makers = [
@@ -83,7 +84,7 @@ def _profile(path: str, factory: Callable[..., Any], wanted: Any) -> Any:
             )
     try:
         return makers[0](**wanted)
-    except TypeError as error:
+    except (TypeError, BadConfiguration) as error:
         raise UserError(f"The profile of {path} does not fit: {error}.") from error
 
 

@@ -13,7 +13,8 @@
 | crash | a process of the calculation died or was killed, with the signal |
 | memory | no memory was left |
 | interrupted | a process was ended from outside by a polite signal, as schedulers do before they kill |
-| missing-binary, disk-full | the machine is at fault, not the structure |
+| missing-binary | a program of the calculator could not be started, or its files not be read, which is no structure's fault |
+| disk-full | no room is left for files, which is no structure's fault either |
 | calculator | any other exception of the calculator |
 """
 
@@ -40,6 +41,11 @@ _POLITE_SIGNALS = {
     signal.SIGUSR2,
     signal.SIGXCPU,
 }
+
+# Here the machine is at fault: were they recorded, one bad node would turn a whole campaign into failed structures.
+CAUSES_OF_THE_MACHINE = frozenset({"missing-binary", "disk-full"})
+# Where programs are started: a process of Python's, and CP2K's, which answers once it is ready.
+_STARTS = {"Popen._execute_child", "Cp2kShell.__init__"}
 
 # What codes write when they stop, in lower case; the first match decides. Not a bare "not converged": Quantum
 # ESPRESSO writes that about single eigenvalues and goes on.
@@ -129,13 +135,10 @@ def output_tails(directory: Path, num_bytes: int = _SHOWN_BYTES) -> str:
 def _cause_of(error: BaseException) -> str:
     if type(error).__name__ in {"SCFError", "KohnShamConvergenceError", "SCFConvergenceError"}:
         return "scf"
-    if isinstance(error, OSError):
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            return "disk-full"
-        started_a_process = any(
-            frame.name == "_execute_child" for frame in traceback.extract_tb(error.__traceback__)
-        )
-        return "missing-binary" if started_a_process else _mark_in(str(error)) or "calculator"
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return "disk-full"
+    if any(frame.f_code.co_qualname in _STARTS for frame, _ in traceback.walk_tb(error.__traceback__)):
+        return "missing-binary"
     if isinstance(error, MemoryError):
         return "memory"
     if isinstance(error, NotImplementedError) or type(error).__name__ in {

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hpcft.errors import UserError
+from hpcft.errors import MissingInput, UserError
 from hpcft.labelling.dotted_path import nearest
-from hpcft.labelling.settings import ESPRESSO
+from hpcft.labelling.settings import ESPRESSO, TEACHER
 
-TEACHER = "hpcft.labelling.teacher.mace"
 TERSOFF = "hpcft.labelling.classical.tersoff"
 STILLINGER_WEBER = "hpcft.labelling.classical.stillinger_weber"
 
@@ -42,22 +41,16 @@ def files_of(calculator: str, arguments: Mapping[str, Any]) -> dict[str, Path]:
 
 
 def missing_files(calculator: str, arguments: Mapping[str, Any]) -> list[str]:
-    """One sentence for each file that the arguments name and that is not there."""
-    return [
-        _is_missing(role, path)
-        for role, path in files_of(calculator, arguments).items()
-        if not path.is_file()
-    ]
+    """What is wrong with each file that the arguments name and that is not there."""
+    found = [_fault(role, path) for role, path in files_of(calculator, arguments).items()]
+    return [fault for fault in found if fault is not None]
 
 
 def contents_of(calculator: str, arguments: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of each file that the arguments name, by its role; UserError where one is missing."""
+    """SHA-256 of each file that the arguments name, by its role; MissingInput where one cannot be read."""
     if missing := missing_files(calculator, arguments):
-        raise UserError("\n".join(missing))
-    return {
-        role: hashlib.sha256(path.read_bytes()).hexdigest()
-        for role, path in files_of(calculator, arguments).items()
-    }
+        raise MissingInput("\n".join(missing))
+    return {role: _sha256(role, path) for role, path in files_of(calculator, arguments).items()}
 
 
 def without_places(calculator: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,8 +62,27 @@ def without_places(calculator: str, arguments: Mapping[str, Any]) -> dict[str, A
     return kept
 
 
-def _is_missing(role: str, path: Path) -> str:
-    there = [other.name for other in path.parent.glob("*")] if path.parent.is_dir() else []
-    what = role if role in _PLACES.values() else f"pseudopotential of {role}"
-    hint = nearest(path.name, there) if path.parent.is_dir() else f" There is no folder {path.parent}."
-    return f"The {what}, {path}, does not exist.{hint}"
+def _fault(role: str, path: Path) -> str | None:
+    try:
+        if path.is_file():
+            return None
+        there = [other.name for other in path.parent.glob("*")] if path.parent.is_dir() else None
+    except OSError as error:
+        return _is_unreadable(role, path, error)
+    hint = f" There is no folder {path.parent}." if there is None else nearest(path.name, there)
+    return f"The {_what(role)}, {path}, does not exist.{hint}"
+
+
+def _sha256(role: str, path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise MissingInput(_is_unreadable(role, path, error)) from error
+
+
+def _is_unreadable(role: str, path: Path, error: OSError) -> str:
+    return f"The {_what(role)}, {path}, cannot be read: {error.strerror}. Mend its file system or its permissions."
+
+
+def _what(role: str) -> str:
+    return role if role in _PLACES.values() else f"pseudopotential of {role}"

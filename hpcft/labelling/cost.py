@@ -139,7 +139,9 @@ def _positive(value: Any) -> float | None:
 
 
 def _reciprocal_lengths(cell_s33: Floats, pbc_s3: NDArray[np.bool_]) -> Floats:
-    """Lengths of the reciprocal vectors, without 2 pi, in 1/Å; [S, 3]. What is not periodic gets none."""
+    """Lengths of the reciprocal vectors, without 2 pi, in 1/Å; [S, 3]. What is not periodic gets none, nor a damaged cell."""
+    is_finite = np.isfinite(cell_s33).all(axis=(1, 2), keepdims=True)
+    cell_s33 = np.where(is_finite, cell_s33, 0.0)
     lengths = np.zeros((len(cell_s33), 3))
     whole = pbc_s3.all(axis=1) & (np.abs(np.linalg.det(cell_s33)) > 1e-9)
     lengths[whole] = np.linalg.norm(np.linalg.inv(cell_s33[whole]), axis=1)

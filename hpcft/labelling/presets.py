@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpcft.labelling.contents import STILLINGER_WEBER, TEACHER, TERSOFF
-from hpcft.labelling.settings import AIMS, CP2K, ESPRESSO, GPAW, ORCA, TBLITE, VASP, merged
+from hpcft.labelling.contents import STILLINGER_WEBER, TERSOFF
+from hpcft.labelling.settings import AIMS, CP2K, ESPRESSO, GPAW, ORCA, TBLITE, TEACHER, VASP, merged
 
 MPI = "{mpi}"
 """Stands in a command for the site's MPI launcher with its number of ranks."""
@@ -39,6 +39,8 @@ class Preset:
     """The user's arguments, or a rung of the ladder, as the preset's are written, so that they win where they meet."""
     completed: Callable[[Arguments], Arguments] = lambda arguments: arguments
     """The arguments with what a label needs whatever the user wrote."""
+    for_properties: Mapping[str, Arguments] = field(default_factory=dict)
+    """Beneath what the user writes, by the property of a label that needs it: other labels keep their keys."""
 
 
 def _in_profile(*also: str) -> Callable[[Arguments, str], Arguments]:
@@ -112,7 +114,6 @@ _INCAR = {
     "ibrion": -1,
     "nsw": 0,
     "isif": 2,  # forces and stress
-    "lorbit": 10,  # magnetic moments of the atoms, where ispin is 2
     "lwave": False,
     "lcharg": False,
 }
@@ -177,6 +178,7 @@ PRESETS: dict[str, Preset] = {
             {"algo": "Normal", "amix": 0.1, "bmix": 0.01, "nelm": 300},
         ),
         with_command=_as_argument,
+        for_properties={"magmoms": {"lorbit": 10}},  # of the atoms, where ispin is 2
     ),
     "cp2k": Preset(
         CP2K,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,16 +19,30 @@ from ase.data import atomic_numbers, chemical_symbols
 
 from hpcft.config.reference import DATA_SET_VARIABLES
 from hpcft.config.reference import Reference as ReferenceConfig
-from hpcft.errors import UserError
+from hpcft.errors import LabelError, UserError
 from hpcft.labelling.arguments import prepared
+from hpcft.labelling.causes import CAUSES_OF_THE_MACHINE, label_error
 from hpcft.labelling.classical import elements_of_stillinger_weber, elements_of_tersoff
-from hpcft.labelling.contents import STILLINGER_WEBER, TEACHER, TERSOFF, contents_of, without_places
+from hpcft.labelling.contents import STILLINGER_WEBER, TERSOFF, contents_of, without_places
 from hpcft.labelling.dotted_path import resolve
 from hpcft.labelling.presets import MPI, PRESETS, Preset
-from hpcft.labelling.settings import CP2K, ESPRESSO, GPAW, ORCA, TBLITE, canonical, merged, refuse_unconverged
+from hpcft.labelling.settings import (
+    CP2K,
+    ESPRESSO,
+    GPAW,
+    ORCA,
+    TBLITE,
+    TEACHER,
+    canonical,
+    decisive,
+    merged,
+    refuse_unconverged,
+)
 
 # hpcft gives each calculation a new folder and a new start, so that no label depends on the one before.
 _NOT_FOR_USERS = {"directory", "restart", "atoms"}
+# How a file that the user has misspelt, or that is of another kind, shows; any other OSError is the machine's.
+_WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, None}
 
 
 @dataclass(frozen=True)
@@ -80,11 +96,12 @@ class Reference:
     def fingerprint(self) -> str:
         """SHA-256 of the settings that decide the numbers.
 
-        These are not the time limit, the ladder, the elements or the launch command. Files that the arguments
-        name (potentials, pseudopotentials, models) enter by their content where `contents` has them, else by name.
-        Of the environment only what names data sets enters, as it stands.
+        These are not the time limit, the ladder, the elements, the launch command, or what `decisive` leaves out.
+        Files that the arguments name (potentials, pseudopotentials, models) enter by their content where `contents`
+        has them, else by name. Of the environment only what names data sets enters, as it stands.
         """
         arguments = without_places(self.calculator, self.arguments) if self.contents else dict(self.arguments)
+        arguments = decisive(self.calculator, arguments)
         if isinstance(arguments.get("profile"), Mapping):
             arguments["profile"] = {
                 key: value for key, value in arguments["profile"].items() if key != "command"
@@ -156,15 +173,35 @@ def spelt_out(config: ReferenceConfig, mpi: str = "") -> dict[str, Any]:
             )
             raise UserError(f"reference.command is for {programs}; {config.calculator} takes none: {where}")
         preset = preset or Preset(config.calculator)
-    arguments = preset.completed(merged(preset.arguments, preset.read(config.arguments)))
+    beneath = preset.arguments
+    for name in config.properties:
+        beneath = merged(beneath, preset.for_properties.get(name, {}))
+    arguments = preset.completed(merged(beneath, preset.read(config.arguments)))
     if preset.command is None:
         return dict(arguments)
-    command = (config.command or preset.command).replace(MPI, mpi).strip()
+    template = preset.command if config.command is None else config.command
+    words_of_command(template.replace(MPI, ""))
+    command = template.replace(MPI, mpi).strip()
     return dict(preset.with_command(arguments, command))
 
 
+def words_of_command(command: str) -> list[str]:
+    """The program that a command starts, and what follows it; UserError if a shell could not read it."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(
+            f"The command {command!r} of the reference cannot be read: {error}; correct it."
+        ) from error
+    if not words:
+        raise UserError(f"The command of the reference names no program; write one, as in '{MPI} pw.x'.")
+    return words
+
+
 def build_calculator(reference: Reference, directory: Path) -> Any:
-    """A new ASE calculator that works in `directory`; UserError if the path or the arguments do not fit."""
+    """A new ASE calculator that works in `directory`; UserError if the path or the arguments do not fit, LabelError if
+    the machine cannot start its program or read its files.
+    """
     factory = resolve(reference.calculator)
     arguments = prepared(reference.calculator, factory, reference.arguments, directory)
     # CP2K's program is started at once, and reads and writes where it was started; GPAW opens its output.
@@ -176,10 +213,25 @@ def build_calculator(reference: Reference, directory: Path) -> Any:
     except UserError:
         raise
     except Exception as error:  # each code has its own way to reject its arguments
+        if cause := _cause_of_the_machine(error):
+            command = reference.arguments.get("command")
+            how = f" by its command {command!r}" if command else ""
+            raise LabelError(
+                cause, f"{reference.calculator} did not start{how} ({type(error).__name__}: {error})"
+            ) from error
         raise UserError(
             f"{reference.calculator} did not accept its arguments: {type(error).__name__}: {error}. "
             f"Given were {', '.join(sorted(reference.arguments)) or 'none'}; correct them."
         ) from error
+
+
+def _cause_of_the_machine(error: Exception) -> str | None:
+    """Why a calculator whose arguments may be sound could not be made, or None."""
+    cause = label_error(error, None).cause
+    if cause in CAUSES_OF_THE_MACHINE:
+        return cause
+    is_unreadable = isinstance(error, OSError) and error.errno not in _WRONG_PATH
+    return "missing-binary" if is_unreadable else None
 
 
 def check_arguments(reference: Reference) -> None:

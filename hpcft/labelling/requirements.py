@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import shutil
 import tempfile
 import warnings
@@ -16,10 +15,17 @@ from typing import Any
 from ase.data import atomic_numbers
 
 from hpcft.config.reference import Reference as ReferenceConfig
-from hpcft.errors import UserError
+from hpcft.errors import LabelError, UserError
 from hpcft.labelling.dotted_path import resolve
 from hpcft.labelling.presets import MPI, PRESETS
-from hpcft.labelling.reference import Reference, check_arguments, reference_from, spelt_out, unknown_elements
+from hpcft.labelling.reference import (
+    Reference,
+    check_arguments,
+    reference_from,
+    spelt_out,
+    unknown_elements,
+    words_of_command,
+)
 from hpcft.labelling.settings import AIMS, GPAW, VASP
 
 _MIN_SCRATCH_BYTES = 500_000_000
@@ -59,15 +65,18 @@ def _lacks(config: ReferenceConfig, symbols: Collection[str], mpi: str, which: W
         return
     try:
         arguments = spelt_out(config, mpi)
+        command = _command_in(arguments)
+        words = [] if command is None else words_of_command(command)
     except UserError as mistake:
-        yield Lack("command", str(mistake))
+        is_in_arguments = config.calculator not in PRESETS and config.command is None
+        yield Lack("arguments" if is_in_arguments else "command", str(mistake))
         return
-    yield from _programs(config, arguments, mpi, which)
+    yield from _programs(config, words, mpi, which)
     try:
         reference = reference_from(config, mpi)
         check_arguments(reference)
         unknown = unknown_elements(reference, [atomic_numbers[symbol] for symbol in symbols])
-    except UserError as mistake:
+    except (UserError, LabelError) as mistake:
         yield Lack("arguments", str(mistake))
         return
     if unknown:
@@ -109,34 +118,38 @@ def _how_to_install(name: str) -> str:
     return f"pip install 'hpcft[{extras[name]}]' into the environment of the jobs" if name in extras else ""
 
 
-def _programs(
-    config: ReferenceConfig, arguments: Mapping[str, Any], mpi: str, which: Which
-) -> Iterator[Lack]:
-    preset = PRESETS.get(config.calculator)
+def _command_in(arguments: Mapping[str, Any]) -> str | None:
+    """What starts the code, wherever its calculator wants to be told."""
     profile = arguments.get("profile")
     command = profile.get("command") if isinstance(profile, Mapping) else arguments.get("command")
-    if not isinstance(command, str):
+    return command if isinstance(command, str) else None
+
+
+def _programs(config: ReferenceConfig, words: list[str], mpi: str, which: Which) -> Iterator[Lack]:
+    """Programs that the words of a command name and that are not there, and a launcher that it leaves out."""
+    if not words:
         return
+    preset = PRESETS.get(config.calculator)
     template = (preset.command if preset else None) or ""
     own = template.replace(MPI, "").split()[:1]
-    for program in _programs_of(command, own):
+    key = "command" if preset else "arguments"
+    for program in _programs_of(words, own):
         if which(program) is None:
             is_path = "/" in program
             where = "there" if is_path else f"in PATH, {os.environ.get('PATH', '')}"
             what = f"starts {program}, and there is no such program {where}"
-            key = "command" if preset else "arguments"
             yield Lack(
                 key, what, "the path of a program, or lines of the site's setup that bring it", not is_path
             )
     ranks_are_lost = mpi and config.command is not None and MPI in template and MPI not in config.command
-    if ranks_are_lost and Path(shlex.split(config.command or "")[0]).name == own[0]:
+    if ranks_are_lost and Path(words[0]).name == own[0]:
         what = f"has no {MPI}, so it runs without the site's MPI launcher"
         yield Lack("command", what, f"{MPI} {config.command}", may_come_later=True)
 
 
-def _programs_of(command: str, own: Collection[str]) -> list[str]:
+def _programs_of(words: list[str], own: Collection[str]) -> list[str]:
     """What a command starts: its first word, and what is recognisable as a program among its arguments."""
-    first, *others = shlex.split(command)
+    first, *others = words
     found = [first]
     for word in others:
         name = Path(word).name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,16 @@ VASP = "ase.calculators.vasp.Vasp"
 CP2K = "ase.calculators.cp2k.CP2K"
 AIMS = "ase.calculators.aims.Aims"
 ORCA = "ase.calculators.orca.ORCA"
+TEACHER = "hpcft.labelling.teacher.mace"
+
+_COUNTS_AS: Mapping[str, Mapping[str, Any]] = {
+    TEACHER: {"device": None},
+    GPAW: {"txt": None, "parallel": None},
+    TBLITE: {"verbosity": 0},  # as gfn2-xtb has always had it, so that its labels keep their keys
+}
+"""Arguments that only say where a calculation runs or what it prints, and the value that all others count as; None: left out."""
+# How many ranks ORCA starts: a block of its input, or a word of its first line.
+_RANKS_OF_ORCA = {"orcablocks": r"\s*%pal\b.*?\bend\b", "orcasimpleinput": r"\s*(?<!\S)pal\d+(?!\S)"}
 
 # Option -> value that makes a code return the energy of an unconverged calculation as if it were converged.
 _ACCEPTS_UNCONVERGED = {
@@ -87,6 +98,21 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
             merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
         )
     return result
+
+
+def decisive(path: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, equal where they differ only in what cannot change the numbers."""
+    counts_as = {**_COUNTS_AS.get(path, {})}
+    for name, ranks in _RANKS_OF_ORCA.items() if path == ORCA else ():
+        text = arguments.get(name)
+        if (
+            isinstance(text, str)
+            and (rest := re.sub(ranks, "", text, flags=re.IGNORECASE | re.DOTALL)) != text
+        ):
+            # No block at all is ASE's own, for one rank.
+            counts_as[name] = rest.strip() or (None if name == "orcablocks" else "")
+    left_out = {name for name, value in counts_as.items() if value is None}
+    return {name: counts_as.get(name, value) for name, value in arguments.items() if name not in left_out}
 
 
 def canonical(value: Any, where: str) -> Any:

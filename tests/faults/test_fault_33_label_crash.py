@@ -91,3 +91,14 @@ def test_a_missing_binary_is_the_fault_of_the_machine_and_of_no_structure(
         label_items([Item.single_point(metals("Cu")[0])], reference, tmp_path / "shard")
     assert caught.value.cause == "missing-binary"
     assert read_journals(tmp_path / "shard") == {}
+
+
+@pytest.mark.parametrize("command", ["false", "/nowhere/cp2k.psmp -s", "echo Segmentation fault"])
+def test_cp2k_that_does_not_start_on_a_node_turns_no_structure_into_a_failure(
+    command: str, tmp_path: Path, metals: Callable[..., list[Atoms]]
+) -> None:
+    reference = Reference("ase.calculators.cp2k.CP2K", {"command": command})
+    with pytest.raises(LabelError, match=f"did not start by its command '{command}'") as caught:
+        label_items([Item.single_point(metals("Cu")[0])], reference, tmp_path / "shard")
+    assert caught.value.cause == "missing-binary"
+    assert read_journals(tmp_path / "shard") == {}

@@ -31,7 +31,7 @@ STAGE = """
 import json, sys, types
 import hpcft.campaign.worker as worker
 import hpcft.stages.registry as registry
-from hpcft.errors import CampaignStopped, LabelError, UserError
+from hpcft.errors import CampaignStopped, LabelError, MissingInput, UserError
 from hpcft.training.rank import Rank
 
 def run(task):

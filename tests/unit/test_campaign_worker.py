@@ -79,6 +79,7 @@ def test_only_the_newest_intent_that_names_the_task_counts(folder: CampaignFolde
     ("raised", "message", "final"),
     [
         ("UserError('no such file')", "no such file", True),
+        ("MissingInput('no such potential')", "no such potential", False),
         ("CampaignStopped('no labels')", "CampaignStopped: no labels", True),
         ("LabelError('scf', 'not converged')", "LabelError: not converged", False),
         ("OSError(28, 'No space left on device')", "OSError: [Errno 28] No space left on device", False),

@@ -146,6 +146,18 @@ def test_k_points_are_those_of_the_mesh_or_of_the_spacing_in_each_cell() -> None
     assert kpoints({"kpts": {"density": 5.0}}, small, large) == [216, 27]
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("wish", [{"kspacing": 0.2}, {"kpts": {"density": 5.0}}])
+def test_a_cell_that_is_no_cell_costs_one_k_point_and_leaves_the_others_theirs(
+    wish: dict[str, Any], number: float
+) -> None:
+    sound, damaged, slab = (bulk("Si", cubic=True) for _ in range(3))
+    damaged.cell[0, 0] = number
+    slab.cell[2, 2] = number
+    slab.pbc = (True, True, False)
+    assert kpoints(wish, damaged, sound, slab) == [1, 216, 1]
+
+
 def test_k_points_agree_with_the_meshes_of_ase() -> None:
     from ase.calculators.calculator import kptdensity2monkhorstpack
     from ase.io.espresso import kspacing_to_grid

@@ -13,7 +13,7 @@ from ase.build import bulk, molecule
 
 from hpcft.config.reference import SHORT_NAMES
 from hpcft.config.reference import Reference as Config
-from hpcft.errors import UserError
+from hpcft.errors import MissingInput, UserError
 from hpcft.labelling.presets import PRESETS
 from hpcft.labelling.reference import build_calculator, reference_from, unknown_elements, unsuitable
 
@@ -96,25 +96,6 @@ def test_a_tilde_is_the_user_s_home(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert build_calculator(make("mace", {"model": "~/teacher.pt"}), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "variable"),
-    [
-        ("vasp", "VASP_PP_PATH"),
-        ("vasp", "VASP_PP_VERSION"),
-        ("gpaw", "GPAW_SETUP_PATH"),
-        ("cp2k", "CP2K_DATA_DIR"),
-        ("aims", "AIMS_SPECIES_DIR"),
-    ],
-)
-def test_labels_from_other_data_sets_have_another_key(name: str, variable: str) -> None:
-    plain, one, other, threads = (
-        make(name, PHYSICS[name][0], environment=environment).fingerprint()
-        for environment in ({}, {variable: "/pots/52"}, {variable: "/pots/54"}, {"OMP_NUM_THREADS": "4"})
-    )
-    assert len({plain, one, other}) == 3
-    assert threads == plain
-
-
 def test_a_teacher_enters_a_key_by_the_content_of_its_file(tmp_path: Path) -> None:
     copy, other = tmp_path / "copy.pt", tmp_path / "other.pt"
     shutil.copy(FOUNDATION, copy)
@@ -149,6 +130,14 @@ def test_a_teacher_enters_a_key_by_the_content_of_its_file(tmp_path: Path) -> No
 def test_a_file_that_is_not_there_is_named(name: str, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make(name, arguments)
+
+
+def test_a_file_that_is_away_or_unreadable_may_be_back_for_the_next_attempt(tmp_path: Path) -> None:
+    away = {"model": str(tmp_path / "not-mounted" / "teacher.pt")}
+    with pytest.raises(MissingInput, match="There is no folder"):
+        make("mace", away)
+    with pytest.raises(MissingInput, match=r"model, /proc/self/mem, cannot be read: Input/output error"):
+        make("mace", {"model": "/proc/self/mem"})
 
 
 def test_a_pickled_teacher_that_nobody_trusts_is_not_loaded(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from hpcft.cli import preflight
 from hpcft.config.campaign import Campaign, load_campaign
 from hpcft.config.reference import Reference as Config
 from hpcft.config.site import Site, default_site
+from hpcft.errors import UserError
+from hpcft.labelling.reference import Reference, check_arguments, reference_from
 from hpcft.labelling.requirements import Lack, lacks, scratch_lacks
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -131,6 +133,36 @@ def test_the_launcher_and_every_program_of_a_command_are_looked_for(
     assert all(lack.key == "command" for lack in found)
     if may_come_later[-1]:
         assert os.environ["PATH"] in found[-1].what
+
+
+@pytest.mark.parametrize("mpi", ["", "mpirun -n 4"])
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ('pw.x "x', "The command 'pw.x \"x' of the reference cannot be read: No closing quotation"),
+        ("{mpi}", "names no program; write one, as in '{mpi} pw.x'"),
+        ("  ", "names no program"),
+    ],
+)
+def test_a_command_that_starts_nothing_is_told_and_refused(
+    command: str, words: str, mpi: str, pseudo: dict[str, Any]
+) -> None:
+    config = Config(calculator="espresso", arguments=pseudo, command=command)
+    (lack,) = lacks(config, ["Si"], mpi, **EVERYTHING)
+    assert lack.key == "command"
+    assert words in lack.what
+    with pytest.raises(UserError, match=r"reference (cannot be read|names no program)"):
+        reference_from(config, mpi)
+
+
+def test_a_command_among_the_arguments_of_a_dotted_path_is_read_too(pseudo: dict[str, Any]) -> None:
+    profile = {"command": 'pw.x "x', "pseudo_dir": pseudo["pseudo_dir"]}
+    arguments = {"profile": profile, "pseudopotentials": pseudo["pseudopotentials"]}
+    lack = only("ase.calculators.espresso.Espresso", arguments, "Si")
+    assert lack.key == "arguments"
+    assert "No closing quotation" in lack.what
+    with pytest.raises(UserError, match=r"profile of .* does not fit: Cannot parse command"):
+        check_arguments(Reference("ase.calculators.espresso.Espresso", arguments))
 
 
 def test_a_command_that_leaves_the_launcher_out_is_told(pseudo: dict[str, Any]) -> None:
