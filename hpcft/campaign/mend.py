@@ -72,10 +72,12 @@ def _has_failed(stage: StageRecord, task: int, cause: str | None) -> bool:
 def _not_in_progress(folder: CampaignFolder, current: StageRecord | None, stage: str | None) -> str:
     where = "is finished" if current is None else f"is in stage {current.name} of round {current.round}"
     wish = f", not in {stage}" if current is not None else ""
-    again = f"--stage {stage} " if stage else "--stage STAGE "
+    places = folder.places()
+    number, name = places[0] if len(places) == 1 else ("N", stage or "STAGE")
     return (
         f"the campaign {where}{wish}. To run a finished stage again, with all that follows from it: hpcft rewind "
-        f"{folder.root} --round N {again}(labels that were paid for are found again, and old results are kept aside)"
+        f"{folder.root} --round {number} --stage {name} (labels that were paid for are found again, and old results "
+        "are kept aside)"
     )
 
 

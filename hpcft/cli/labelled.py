@@ -40,13 +40,22 @@ def show_labels(folder: CampaignFolder) -> None:
     if counts["suspects"]:
         console.print(f"{counts['suspects']} labels look wrong; suspect in their comment line says why")
     if counts["failed"]:
-        where = short(folder.root)
-        console.print(
-            f"Try all that has failed again: hpcft resume {where}\n"
-            f"Only some of it, or with other settings: hpcft retry {where} --cause CAUSE --set label.time_min=120, and resume",
-            soft_wrap=True,
-            markup=False,
+        console.print(_how_to_try_again(folder), soft_wrap=True, markup=False)
+
+
+def _how_to_try_again(folder: CampaignFolder) -> str:
+    """A run that is finished in spite of failures has nothing in progress, so resume and retry would do nothing."""
+    where = short(folder.root)
+    [(round_, stage)] = folder.places()
+    if folder.stage(round_, stage).product.exists():
+        return (
+            f"Try all that has failed again (what is done is found again, and not computed): "
+            f"hpcft rewind {where} --round {round_} --stage {stage} && hpcft resume {where}"
         )
+    return (
+        f"Try all that has failed again: hpcft resume {where}\n"
+        f"Only some of it, or with other settings: hpcft retry {where} --cause CAUSE --set label.time_min=120, and resume"
+    )
 
 
 def write_and_show(folder: CampaignFolder) -> None:

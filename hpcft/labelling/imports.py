@@ -17,7 +17,7 @@ from hpcft.labelling.journal import Record, encode_line, journal_path
 from hpcft.labelling.label import EnergyKind, Label, check_net_force
 from hpcft.labelling.labelled_frame import LabelKeys, calculator_results, frame_of, labelled_atoms
 from hpcft.labelling.reference import Reference, unknown_elements
-from hpcft.labelling.sanity import ABSURD_FORCE, disagreement
+from hpcft.labelling.sanity import ABSURD_FORCE, ABSURD_STRESS, absurd_stress, disagreement
 from hpcft.labelling.shard import finish_shard
 from hpcft.labelling.store import LabelStore
 from hpcft.storage.atomic import write_bytes
@@ -119,13 +119,16 @@ def _record(frame: FoundFrame, index: int, keys: LabelKeys, reference: Reference
             "force",
             f"it has a force of {largest:.4g} eV/Å, and no reference gives more than {ABSURD_FORCE:g}",
         )
+    stress_6 = atoms.info.get("REF_stress")
+    if stress_6 is not None and (largest := float(abs(stress_6).max())) > ABSURD_STRESS:
+        raise LabelError("stress", absurd_stress(largest))
     if unknown := unknown_elements(reference, atoms.numbers):
         raise LabelError("element", f"it has {', '.join(unknown)}, which the reference does not know")
     label = Label(
         energy=atoms.info["REF_energy"],
         energy_kind=_energy_kind(frame.atoms, keys, reference),
         forces_n3=forces_n3,
-        stress_6=atoms.info.get("REF_stress"),
+        stress_6=stress_6,
     )
     item = Item.single_point(frame.atoms)
     return Record(index, item_key(item, reference), "single-point", label, item.atoms, wall_s=0.0, found=True)

@@ -3,38 +3,40 @@
 What a single label shows of itself (NaN, a net force) is refused where it is made, in `hpcft.labelling.label`. Above the
 limits here a label is suspect, not proven wrong: it is set aside and listed, and a user may release it.
 
-Units: eV, Å. Shape suffixes: s labels, k elements.
+Units: eV, Å, eV/Å³. Shape suffixes: s labels, k elements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
+from ase.units import GPa
 from numpy.typing import NDArray
 
 from hpcft.errors import LabelError
 from hpcft.labelling.energy_fit import energy_deviations, spread_of
-from hpcft.storage.structures import read_columns
 
 if TYPE_CHECKING:
     from hpcft.labelling.label import Label
+    from hpcft.labelling.label_table import LabelTable
 
 Array = NDArray[Any]
 
 # No potential and no reference has such forces, and no batch such an error of them (root mean square). In eV/Å.
 ABSURD_FORCE = 1e3
+# Twice the pressure in the centre of the Earth (800 GPa), in eV/Å³. Numbers above it are in kbar or GPa.
+ABSURD_STRESS = 5.0
 
 # An energy further than this from the sum of its elements' is no binding energy of what was labelled beside it ...
 _WINDOW = 1.0  # eV/atom
 _SPREADS = 20.0
 # ... unless its forces say so: squeezed atoms are high in energy, and go down this far.
 _REACH_OF_FORCES = 1.0  # Å
+# A molecule in a box is no crystal of its formula; strained cells have volumes without such a gap between them.
+_VOLUME_GAP = 2.0
 _FEWEST_LABELS, _FEWEST_LABELS_PER_ELEMENT = 10, 3
 
 # Two calculations of one structure with one reference differ by what its convergence leaves open.
@@ -42,78 +44,6 @@ _SAME_ENERGY = 1e-4  # eV/atom
 _SAME_FORCE = 5e-3  # eV/Å
 _SAME_STRESS = 1e-3  # eV/Å^3
 _SYMMETRIC = 0.01  # of the largest component
-
-
-@dataclass(frozen=True, eq=False)
-class LabelTable:
-    """What the tests need of many labels, as columns: labels of one reference, whose `keys` are equal for equal structures."""
-
-    keys: Sequence[str]
-    energies_s: Array
-    max_forces_s: Array
-    mean_forces_s: Array
-    numbers_k: Array
-    counts_sk: Array
-    """How many atoms of which element."""
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @classmethod
-    def of(cls, keys: Sequence[str], structures: Sequence[Atoms]) -> LabelTable:
-        """The table of structures with REF_energy and REF_forces."""
-        offsets = np.cumsum([0, *map(len, structures)])
-        return cls._from_columns(
-            keys,
-            np.array([atoms.info["REF_energy"] for atoms in structures], dtype=float),
-            np.concatenate([np.empty((0, 3)), *(atoms.arrays["REF_forces"] for atoms in structures)]),
-            np.concatenate([np.empty(0, int), *(atoms.numbers for atoms in structures)]),
-            offsets,
-        )
-
-    @classmethod
-    def read(cls, path: Path) -> LabelTable:
-        """The table of a shard's labels.h5, without making a structure of any of them."""
-        wanted = ("info/key", "info/REF_energy", "arrays/REF_forces", "numbers", "offsets")
-        keys, *columns = read_columns(path, wanted)
-        return cls._from_columns(keys.tolist(), *columns)
-
-    @classmethod
-    def _from_columns(
-        cls, keys: Sequence[str], energies_s: Array, forces_n3: Array, numbers_n: Array, offsets: Array
-    ) -> LabelTable:
-        numbers_k, elements_n = np.unique(numbers_n, return_inverse=True)
-        sizes = np.diff(offsets)
-        rows_n = np.repeat(np.arange(len(sizes)), sizes)
-        counts_sk = np.zeros((len(sizes), len(numbers_k)), dtype=int)
-        np.add.at(counts_sk, (rows_n, elements_n), 1)
-        magnitudes_n = np.linalg.norm(forces_n3, axis=1)
-        largest_s, sums_s = np.zeros(len(sizes)), np.zeros(len(sizes))
-        np.maximum.at(largest_s, rows_n, magnitudes_n)
-        np.add.at(sums_s, rows_n, magnitudes_n)
-        return cls(list(keys), energies_s, largest_s, sums_s / np.maximum(sizes, 1), numbers_k, counts_sk)
-
-    @classmethod
-    def joined(cls, tables: Sequence[LabelTable]) -> LabelTable:
-        """One table of several, in their order."""
-        numbers_k = np.unique(np.concatenate([np.empty(0, int), *(table.numbers_k for table in tables)]))
-        counts = []
-        for table in tables:
-            counts_sk = np.zeros((len(table), len(numbers_k)), dtype=int)
-            counts_sk[:, np.searchsorted(numbers_k, table.numbers_k)] = table.counts_sk
-            counts.append(counts_sk)
-
-        def column(name: str) -> Array:
-            return np.concatenate([np.empty(0), *(getattr(table, name) for table in tables)])
-
-        return cls(
-            [key for table in tables for key in table.keys],
-            column("energies_s"),
-            column("max_forces_s"),
-            column("mean_forces_s"),
-            numbers_k,
-            np.concatenate([np.zeros((0, len(numbers_k)), dtype=int), *counts]),
-        )
 
 
 def suspects(labels: LabelTable) -> dict[int, str]:
@@ -131,8 +61,15 @@ def _absurd(labels: LabelTable) -> Iterator[tuple[int, str]]:
             row,
             f"it has a force of {labels.max_forces_s[row]:.4g} eV/Å, and no reference gives more than {ABSURD_FORCE:g}",
         )
+    for row in np.flatnonzero(labels.max_stresses_s > ABSURD_STRESS).tolist():
+        yield row, absurd_stress(labels.max_stresses_s[row])
     for row in np.flatnonzero(~np.isfinite(labels.energies_s)).tolist():
         yield row, f"its energy is {labels.energies_s[row]}"
+
+
+def absurd_stress(largest: float) -> str:
+    """What is wrong with a label whose largest component of stress is above ABSURD_STRESS."""
+    return f"it has a stress of {largest:.4g} eV/Å³ ({largest / GPa:.3g} GPa), more than {ABSURD_STRESS:g}: is it in kbar or GPa?"
 
 
 def _disagreeing(labels: LabelTable) -> Iterator[tuple[int, str]]:
@@ -172,10 +109,10 @@ def _implausible(labels: LabelTable) -> Iterator[tuple[int, str]]:
     window = max(_WINDOW, _SPREADS * spread_of(deviations_s))
     above_s = window + _REACH_OF_FORCES * labels.mean_forces_s[finite_s]
     outside_s = _is_outside(deviations_s, window, above_s)
-    formulas_s = np.unique(counts_sk, axis=0, return_inverse=True)[1].reshape(-1)
-    for formula in np.unique(formulas_s[outside_s]).tolist():
-        rows = np.flatnonzero(formulas_s == formula)
-        offs = deviations_s[rows] - _level(deviations_s[rows], outside_s[rows])
+    groups_s = _alike(labels)[finite_s]
+    for group in np.unique(groups_s[outside_s]).tolist():
+        rows = np.flatnonzero(groups_s == group)
+        offs = deviations_s[rows] - _level(deviations_s[rows], window, above_s[rows])
         for at in np.flatnonzero(_is_outside(offs, window, above_s[rows])).tolist():
             limit = above_s[rows[at]] if offs[at] > 0 else window
             yield (
@@ -190,15 +127,34 @@ def _is_outside(deviations: Array, window: float, above: Array) -> NDArray[np.bo
     return np.asarray((deviations < -window) | (deviations > above))
 
 
-def _level(deviations: Array, outside: Array) -> float:
-    """What the labels of one formula are compared with.
+def _alike(labels: LabelTable) -> NDArray[np.intp]:
+    """A number [s] for each kind of structure: of one formula, periodic in as many directions, and of about one density."""
+    kinds_s = np.unique(
+        np.column_stack([labels.counts_sk, labels.num_periodic_s]), axis=0, return_inverse=True
+    )[1].reshape(-1)
+    order = np.lexsort((labels.volumes_s, kinds_s))
+    ordered, volumes = kinds_s[order], labels.volumes_s[order]
+    begins = np.zeros(len(order), dtype=bool)
+    begins[1:] = (ordered[1:] != ordered[:-1]) | (volumes[1:] > _VOLUME_GAP * volumes[:-1])
+    groups_s = np.empty(len(order), dtype=np.intp)
+    groups_s[order] = np.cumsum(begins)
+    return groups_s
 
-    A formula of which every label is off (isolated atoms among crystals, the only oxide among metals) is unusual, not wrong:
-    the middle one of its labels then says what is usual for it, so that never all of them are suspect.
+
+def _level(deviations: Array, window: float, above: Array) -> float:
+    """What the labels of one kind are compared with.
+
+    A kind of which every label is off (isolated atoms among crystals, molecules, the only oxide among metals) is unusual, not
+    wrong. The level that suits most of its labels then says what is usual for it, so that never all of them are suspect.
     """
-    if not outside.all():
+    if (np.abs(deviations) <= window).any():
         return 0.0
-    return float(deviations[np.argsort(np.abs(deviations))[(len(deviations) - 1) // 2]])
+    lows, highs = np.sort(deviations - above), np.sort(deviations + window)
+    ends = np.sort(np.concatenate([lows, highs]))
+    levels = (ends[1:] + ends[:-1]) / 2
+    num_suited = np.searchsorted(lows, levels, "right") - np.searchsorted(highs, levels, "left")
+    best = levels[num_suited == num_suited.max()]
+    return float(best[np.argmin(np.abs(best))])
 
 
 def disagreement(one: Label, other: Label) -> str | None:

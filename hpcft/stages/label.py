@@ -11,7 +11,6 @@ from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.label_plan import planned
 from hpcft.stages.label_tasks import collect_shards, relaxation_items, run_shard
 from hpcft.stages.sharing import numbers_of
-from hpcft.storage.structures import read_outline
 
 
 def ranks(campaign: Campaign) -> int:
@@ -21,11 +20,7 @@ def ranks(campaign: Campaign) -> int:
 def plan(context: StageContext) -> list[dict[str, Any]]:
     wanted = context.round == 1 and context.campaign.train.relaxation is not None
     starts = context.folder.inputs / "relaxations-train.h5"
-    return planned(
-        context,
-        [read_outline(_selected(context))],
-        [read_outline(starts)] if wanted and starts.exists() else [],
-    )
+    return planned(context, [_selected(context)], [starts] if wanted and starts.exists() else [])
 
 
 def run(task: TaskContext) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from hpcft.stages.label_export import export
 from hpcft.stages.label_plan import planned
 from hpcft.stages.label_tasks import collect_shards, relaxation_items, run_shard
 from hpcft.stages.sharing import numbers_of
-from hpcft.storage.structures import read_first_equals, read_outline
+from hpcft.storage.structures import read_first_equals
 
 
 def ranks(run: LabelRun) -> int:
@@ -21,9 +21,9 @@ def ranks(run: LabelRun) -> int:
 
 def plan(context: StageContext) -> list[dict[str, Any]]:
     structures = context.folder.inputs / "structures.h5"
-    outlines = [read_outline(structures)]
     relaxes = _settings(context).relaxation is not None
-    return planned(context, *([], outlines) if relaxes else (outlines, []), read_first_equals(structures))
+    frames, relaxations = ([], [structures]) if relaxes else ([structures], [])
+    return planned(context, frames, relaxations, read_first_equals(structures))
 
 
 def run(task: TaskContext) -> dict[str, Any]:

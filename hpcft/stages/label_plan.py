@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hpcft.stages.context import StageContext
 from hpcft.stages.label_tasks import reference_of
 from hpcft.stages.sharing import share_of
 from hpcft.storage.campaign_folder import CampaignFolder
+from hpcft.storage.seal import check_seal
 from hpcft.storage.structures import Outline, evenly_spread, read_outline
 
 # Ten thousand tasks of earlier rounds tell no more than these, and take long to open.
@@ -24,22 +26,29 @@ _ORDER = ("relaxations", "frames")
 
 def planned(
     context: StageContext,
-    frames: Sequence[Outline],
-    relaxations: Sequence[Outline],
+    frames: Sequence[Path],
+    relaxations: Sequence[Path],
     first_equals: Ints | None = None,
 ) -> list[dict[str, Any]]:
-    """Payloads for label.shards tasks that should end together; frames and relaxations are numbered through all outlines.
+    """Payloads for label.shards tasks that should end together; frames and relaxations are numbered through all files.
 
-    `first_equals`, see `shards`.
+    `first_equals`, see `shards`. DamagedFile if a file is not what was written: this is the one place where that is looked at,
+    since of ten thousand tasks each reads only its own structures.
     """
     reference = reference_of(context)
     model = cost_model(reference, seen_so_far(context.folder, reference))
     return shards(
-        _costs(frames, reference, model.single_points),
-        _costs(relaxations, reference, model.relaxations),
+        _costs(_sound_outlines(frames), reference, model.single_points),
+        _costs(_sound_outlines(relaxations), reference, model.relaxations),
         context.settings.label.shards,
         first_equals,
     )
+
+
+def _sound_outlines(paths: Sequence[Path]) -> list[Outline]:
+    for path in paths:
+        check_seal(path)
+    return [read_outline(path) for path in paths]
 
 
 def shards(

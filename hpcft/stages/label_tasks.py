@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from hpcft.stages.quarantine import find_suspects
 from hpcft.stages.sharing import kinds_of, numbers_of
 from hpcft.storage.atomic import read_json
 from hpcft.storage.campaign_folder import RETRY_FAILURES, CampaignFolder
+
+_SET_ASIDE = "set-aside"
+_SHOWN = 3  # reasons in one message
 
 
 def reference_of(context: StageContext) -> Reference:
@@ -124,15 +127,8 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
         for cause, count in result["causes"].items():
             causes[cause] = causes.get(cause, 0) + count
     items, failed = (sum(result[key] for result in results) for key in ("items", "failed"))
-    tolerated = context.settings.label.tolerated_failures
-    if items and failed / items > tolerated:
-        raise CampaignStopped(
-            f"{failed} of {items} reference calculations of round {context.round}, stage {context.stage} failed "
-            f"({', '.join(f'{n} x {cause}' for cause, n in sorted(causes.items()))}), more than "
-            f"label.tolerated_failures = {tolerated:g} allows. Each cause is in failures.json of its task, under "
-            f"{context.here.path}. `hpcft resume` tries the failed ones again; with a higher tolerance in its file, the "
-            "command that began all this goes on without them."
-        )
+    if items and failed / items > context.settings.label.tolerated_failures:
+        raise CampaignStopped(_too_many_failed(context, failed, items, causes))
     done = sum(result["done"] for result in results)
     relaxations = sum(len(numbers_of(payload["relaxations"])) for payload in context.plan())
     frames = sum(result["frames_done"] for result in results)
@@ -149,6 +145,25 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
         **learnt,
         "suspects": find_suspects(context),
     }
+
+
+def _too_many_failed(context: StageContext, failed: int, items: int, causes: Mapping[str, int]) -> str:
+    counts = ", ".join(f"{count} x {cause}" for cause, count in sorted(causes.items()))
+    says = [
+        f"{failed} of {items} reference calculations of round {context.round}, stage {context.stage} failed ({counts}), more "
+        f"than label.tolerated_failures = {context.settings.label.tolerated_failures:g} allows."
+    ]
+    if causes.keys() - {_SET_ASIDE}:
+        says.append(f"Each cause is in failures.json of its task, under {context.here.path}.")
+    aside = sorted(context.here.read_set_aside().items())
+    says += [f"Task {task} was set aside: {why.rstrip('.')}." for task, why in aside[:_SHOWN]]
+    if len(aside) > _SHOWN:
+        says.append(f"{len(aside) - _SHOWN} more tasks were set aside.")
+    says.append(
+        "`hpcft resume` tries the failed ones again; with a higher tolerance in its file, the command that began all this goes "
+        "on without them."
+    )
+    return " ".join(says)
 
 
 def _register(context: StageContext) -> None:
@@ -187,7 +202,7 @@ def _salvage(context: StageContext) -> list[dict[str, Any]]:
                 "failed": failed,
                 "frames_done": sum(entry.kind == "single-point" for entry in done),
                 "relaxation_frames": relaxation_frames,
-                "causes": {"set-aside": failed},
+                "causes": {_SET_ASIDE: failed},
             }
         )
     return found

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hpcft.labelling.sanity import LabelTable, suspects
+from hpcft.labelling.label_table import LabelTable
+from hpcft.labelling.sanity import suspects
 from hpcft.labelling.shard import FRAMES_FILE, LABELS_FILE, SHARD_FILE
 from hpcft.stages.context import StageContext
 from hpcft.storage.atomic import read_json

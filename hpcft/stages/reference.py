@@ -10,7 +10,6 @@ from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.label_plan import planned
 from hpcft.stages.label_tasks import collect_shards, relaxation_items, run_shard
 from hpcft.stages.sharing import numbers_of, probe_frames
-from hpcft.storage.structures import read_outline
 
 
 def ranks(campaign: Campaign) -> int:
@@ -18,10 +17,10 @@ def ranks(campaign: Campaign) -> int:
 
 
 def plan(context: StageContext) -> list[dict[str, Any]]:
-    frames = [read_outline(task.path / "frames.h5") for task in context.tasks_of("probe")]
+    frames = [task.path / "frames.h5" for task in context.tasks_of("probe")]
     starts = context.folder.inputs / "relaxations-test.h5"
     wanted = context.round == 0 and starts.exists()
-    return planned(context, frames, [read_outline(starts)] if wanted else [])
+    return planned(context, frames, [starts] if wanted else [])
 
 
 def run(task: TaskContext) -> dict[str, Any]:

@@ -157,6 +157,16 @@ def test_failures_within_the_tolerated_share_end_well(base: Path, metals: Metals
     assert re.search(r"failed: \w+ +1\n", said)
     assert len(read(base / "run" / "labels.extxyz", ":")) == 3
 
+    (base / "licence").touch()
+    [rewind, resume] = re.findall(r"hpcft ((?:rewind|resume) run[^&\n]*)", said)
+    status, refusal = run(base, "retry", "run")
+    assert status == 2
+    assert rewind.strip() in refusal.replace(f"{base}/", "")
+    hpcft_to_end(*rewind.split(), "--yes", cwd=base)
+    assert "failed" not in hpcft_to_end(*resume.split(), cwd=base)
+    assert_emt_labels(base)
+    assert len(lines_of(base / "calls")) == 4
+
 
 def test_a_task_that_is_given_up_does_not_keep_the_others_from_their_labels(
     base: Path, metals: Metals, monkeypatch: pytest.MonkeyPatch

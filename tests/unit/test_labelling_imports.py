@@ -213,6 +213,8 @@ def spoilt(kind: str) -> Atoms:
         atoms.info["REF_stress"] = np.array([1, 0.5, 0, -0.5, 1, 0, 0, 0, 1.0])
     elif kind == "absurd":
         atoms.arrays["REF_forces"] *= 1e5
+    elif kind == "kbar":
+        atoms.info["REF_stress"] = np.array([52.0, 51.0, 50.0, 0, 0, 0])
     elif kind == "marked":
         atoms.info["converged"] = False
     return atoms
@@ -226,6 +228,7 @@ def spoilt(kind: str) -> Atoms:
         ("element", "it has Ge, which the reference does not know"),
         ("asymmetric", "its stress is not symmetric"),
         ("absurd", "and no reference gives more than 1000"),
+        ("kbar", "it has a stress of 52 eV/Å³ (8.33e+03 GPa), more than 5: is it in kbar or GPa?"),
         ("marked", "it is marked as not converged"),
     ],
 )

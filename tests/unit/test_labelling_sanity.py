@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, fcc111
 from ase.calculators.emt import EMT
 
 from hpcft.errors import LabelError
 from hpcft.labelling.label import Label
-from hpcft.labelling.sanity import LabelTable, disagreement, suspects, symmetric_voigt
+from hpcft.labelling.label_table import LabelTable
+from hpcft.labelling.sanity import disagreement, suspects, symmetric_voigt
+from hpcft.storage.structures import write_structures
 
 
 def labelled(symbols: str, seed: int, rattle: float = 0.1) -> Atoms:
@@ -87,6 +90,48 @@ def test_a_minority_that_is_far_from_all_else_is_unusual_and_not_wrong(count: in
         assert list(found_in(structures)) == [30]
 
 
+def dimer(distance: float, box: float | None) -> Atoms:
+    return with_labels(
+        Atoms("Cu2", [[0, 0, 0], [distance, 0, 0]], cell=box and [box, box, box], pbc=box is not None)
+    )
+
+
+@pytest.mark.parametrize("box", [None, 12.0])
+def test_dimers_beside_crystals_of_the_same_formula_are_molecules_and_not_wrong(box: float | None) -> None:
+    """Near its equilibrium a dimer has no force that would explain why it lies above the crystal."""
+    rng = np.random.default_rng(1)
+    crystals = []
+    for _ in range(30):
+        atoms = bulk("Cu", a=3.6 * rng.uniform(0.97, 1.03)).repeat((2, 1, 1))
+        atoms.rattle(0.1, rng=rng)
+        crystals.append(with_labels(atoms))
+    dimers = [dimer(distance, box) for distance in np.linspace(1.7, 3.0, 9)]
+    assert min(a.info["REF_energy"] for a in dimers) / 2 > 1.5 + np.mean(
+        [a.info["REF_energy"] / 2 for a in crystals]
+    )
+    slab = with_labels(fcc111("Cu", (1, 1, 2), a=3.6, vacuum=5.0))
+    assert found_in([*crystals, *dimers, slab]) == {}
+    dimers[8].info["REF_energy"] += 30.0
+    crystals[3].info["REF_energy"] -= 30.0
+    assert list(found_in([*crystals, *dimers, slab])) == [3, 38]
+
+
+def test_a_wrong_energy_of_a_strained_crystal_is_not_excused_as_one_of_another_density() -> None:
+    structures = sane()
+    structures[0].set_cell(structures[0].cell * 1.15, scale_atoms=True)  # half as large again
+    with_labels(structures[0]).info["REF_energy"] += 60.0
+    assert list(found_in(structures)) == [0]
+
+
+def test_a_stress_in_kbar_is_found_among_however_few_labels(tmp_path: Path) -> None:
+    structures = sane(3)
+    for atoms, pressure in zip(structures, (np.nan, 0.03, -52.0), strict=True):
+        atoms.info |= {"REF_stress": np.array([pressure] * 3 + [0.0] * 3), "key": str(pressure)}
+    structures[0].info["REF_stress"][:] = np.nan
+    write_structures(tmp_path / "labels.h5", structures)
+    assert suspects(LabelTable.read(tmp_path / "labels.h5")).keys() == {2}
+
+
 def test_an_element_that_only_one_structure_has_makes_it_no_suspect() -> None:
     oxide = labelled(ALLOYS[0], 70)
     oxide.set_chemical_symbols(["Cu", "Cu", "Cu", "O"])
@@ -122,7 +167,16 @@ def test_tables_of_different_elements_are_joined_in_order() -> None:
         [LabelTable.of(["0", "1", "2"], first), LabelTable.of([], []), LabelTable.of(["3", "4"], second)]
     )
     assert joined.keys == whole.keys
-    for name in ("energies_s", "max_forces_s", "mean_forces_s", "numbers_k", "counts_sk"):
+    for name in (
+        "energies_s",
+        "max_forces_s",
+        "mean_forces_s",
+        "max_stresses_s",
+        "num_periodic_s",
+        "volumes_s",
+        "numbers_k",
+        "counts_sk",
+    ):
         np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
 
 

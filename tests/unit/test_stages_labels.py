@@ -233,8 +233,12 @@ def test_a_task_that_was_set_aside_before_it_had_a_label_has_failed_with_all_its
 def test_tasks_that_were_set_aside_count_against_the_tolerated_failures(folder: CampaignFolder) -> None:
     here = results(folder, {"items": 4, "done": 4, "failed": 0, "frames_done": 3, "causes": {}})
     set_aside(here, 1)
-    with pytest.raises(CampaignStopped, match=r"4 of 8 reference calculations .* \(4 x set-aside\)"):
+    with pytest.raises(
+        CampaignStopped, match=r"4 of 8 reference calculations .* \(4 x set-aside\)"
+    ) as caught:
         collect_shards(here)
+    assert "Task 1 was set aside: it ran out of memory." in str(caught.value)
+    assert "failures.json" not in str(caught.value), "a task without a result has none"
 
 
 def test_stages_that_follow_see_only_tasks_with_a_result(folder: CampaignFolder) -> None:

@@ -20,6 +20,7 @@ from hpcft.stages.registry import stage_named
 from hpcft.stages.sharing import numbers_of, share_of, share_out, work_of
 from hpcft.storage.atomic import write_json
 from hpcft.storage.campaign_folder import STAGES, CampaignFolder
+from hpcft.storage.seal import DamagedFile
 from hpcft.storage.structures import write_structures
 
 CONFIG: dict[str, Any] = {
@@ -172,6 +173,27 @@ def test_a_selection_of_nothing_still_has_a_task(folder: CampaignFolder) -> None
     write_structures(folder.stage(2, "select").task(0).path / "selected.h5", [])
     tasks = plan(folder, 2, "label")
     assert (shares(tasks, "frames"), shares(tasks, "relaxations")) == ([[]], [[]])
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [
+        ("label", "round-001/select/tasks/0000/selected.h5"),
+        ("label", "inputs/relaxations-train.h5"),
+        ("reference", "round-000/probe/tasks/0001/frames.h5"),
+        ("reference", "inputs/relaxations-test.h5"),
+    ],
+)
+def test_structures_with_a_flipped_bit_are_never_planned(
+    stage: str, file: str, folder: CampaignFolder
+) -> None:
+    """The tasks read only their own structures of a file, and would label wrong ones without a word."""
+    path = folder.root / file
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedFile, match=path.name):
+        plan(folder, 1 if stage == "label" else 0, stage)
 
 
 def test_only_training_has_more_than_one_rank(folder: CampaignFolder) -> None:

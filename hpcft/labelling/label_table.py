@@ -1,0 +1,128 @@
+"""What tells wrong labels from right ones, of a hundred thousand labels as columns.
+
+Units: eV, Å, eV/Å³. Shape suffixes: s labels, n atoms of all of them, k elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from numpy.typing import NDArray
+
+from hpcft.storage.structures import read_columns, read_outline
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class LabelTable:
+    """What the tests need of many labels, as columns: labels of one reference, whose `keys` are equal for equal structures."""
+
+    keys: Sequence[str]
+    energies_s: Array
+    max_forces_s: Array
+    mean_forces_s: Array
+    max_stresses_s: Array
+    """Largest component; 0 for a label without stress."""
+    num_periodic_s: Array
+    """In how many directions a structure repeats itself."""
+    volumes_s: Array
+    """Å³ per atom; 1 for what is not periodic in all directions and has none."""
+    numbers_k: Array
+    counts_sk: Array
+    """How many atoms of which element."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @classmethod
+    def of(cls, keys: Sequence[str], structures: Sequence[Atoms]) -> LabelTable:
+        """The table of structures with REF_energy and REF_forces."""
+        none_6 = np.zeros(6)
+        return cls._from_columns(
+            keys,
+            np.array([atoms.info["REF_energy"] for atoms in structures], dtype=float),
+            np.concatenate([np.empty((0, 3)), *(atoms.arrays["REF_forces"] for atoms in structures)]),
+            np.concatenate([np.empty(0, int), *(atoms.numbers for atoms in structures)]),
+            np.cumsum([0, *map(len, structures)]),
+            np.array([atoms.info.get("REF_stress", none_6) for atoms in structures]).reshape(-1, 6),
+            np.array([atoms.cell.array for atoms in structures]).reshape(-1, 3, 3),
+            np.array([atoms.pbc for atoms in structures], dtype=bool).reshape(-1, 3),
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> LabelTable:
+        """The table of a shard's labels.h5, without making a structure of any of them."""
+        wanted = ("info/key", "info/REF_energy", "arrays/REF_forces", "numbers", "offsets")
+        keys, energies_s, forces_n3, numbers_n, offsets = read_columns(path, wanted)
+        outline = read_outline(path, ("REF_stress",))
+        stress_s6 = outline.info.get("REF_stress", np.zeros((len(keys), 6)))
+        return cls._from_columns(
+            keys.tolist(),
+            energies_s,
+            forces_n3,
+            numbers_n,
+            offsets,
+            stress_s6,
+            outline.cell_s33,
+            outline.pbc_s3,
+        )
+
+    @classmethod
+    def _from_columns(
+        cls,
+        keys: Sequence[str],
+        energies_s: Array,
+        forces_n3: Array,
+        numbers_n: Array,
+        offsets: Array,
+        stress_s6: Array,
+        cell_s33: Array,
+        pbc_s3: Array,
+    ) -> LabelTable:
+        numbers_k, elements_n = np.unique(numbers_n, return_inverse=True)
+        sizes = np.diff(offsets)
+        rows_n = np.repeat(np.arange(len(sizes)), sizes)
+        counts_sk = np.zeros((len(sizes), len(numbers_k)), dtype=int)
+        np.add.at(counts_sk, (rows_n, elements_n), 1)
+        magnitudes_n = np.linalg.norm(forces_n3, axis=1)
+        largest_s, sums_s = np.zeros(len(sizes)), np.zeros(len(sizes))
+        np.maximum.at(largest_s, rows_n, magnitudes_n)
+        np.add.at(sums_s, rows_n, magnitudes_n)
+        sizes = np.maximum(sizes, 1)
+        return cls(
+            list(keys),
+            energies_s,
+            largest_s,
+            sums_s / sizes,
+            np.abs(np.nan_to_num(stress_s6)).max(axis=1, initial=0.0),  # a row of NaN stands for none
+            pbc_s3.sum(axis=1),
+            np.where(pbc_s3.all(axis=1), np.abs(np.linalg.det(cell_s33)) / sizes, 1.0),
+            numbers_k,
+            counts_sk,
+        )
+
+    @classmethod
+    def joined(cls, tables: Sequence[LabelTable]) -> LabelTable:
+        """One table of several, in their order."""
+        numbers_k = np.unique(np.concatenate([np.empty(0, int), *(table.numbers_k for table in tables)]))
+        counts = []
+        for table in tables:
+            counts_sk = np.zeros((len(table), len(numbers_k)), dtype=int)
+            counts_sk[:, np.searchsorted(numbers_k, table.numbers_k)] = table.counts_sk
+            counts.append(counts_sk)
+
+        def column(name: str) -> Array:
+            return np.concatenate([np.empty(0), *(getattr(table, name) for table in tables)])
+
+        return cls(
+            keys=[key for table in tables for key in table.keys],
+            numbers_k=numbers_k,
+            counts_sk=np.concatenate([np.zeros((0, len(numbers_k)), dtype=int), *counts]),
+            **{field.name: column(field.name) for field in fields(cls) if field.name.endswith("_s")},
+        )
