@@ -92,7 +92,7 @@ def durable_energies(folder: Path) -> list[str]:
     return [repr(result.energy) for result in results if isinstance(result, Label)]
 
 
-@pytest.mark.parametrize(("seed", "workers"), [(0, 1), (1, 2)])
+@pytest.mark.parametrize(("seed", "workers"), [pytest.param(0, 1, marks=pytest.mark.nightly), (1, 2)])
 def test_killed_at_random_moments_a_shard_ends_as_if_never_disturbed(
     tmp_path: Path, seed: int, workers: int
 ) -> None:

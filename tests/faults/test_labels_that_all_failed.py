@@ -35,6 +35,7 @@ def test_resume_tries_failed_labels_again_once_the_reference_works(
     assert counts["done"] == counts["items"] == 10
 
 
+@pytest.mark.nightly
 def test_retry_tries_what_did_not_converge_with_another_ladder(tmp_path: Path) -> None:
     root = tmp_path / "campaign"
     arguments = {"calls": str(tmp_path / "calls"), "mixing": 0.7}

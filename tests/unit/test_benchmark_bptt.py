@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bptt.py"
 
 
+@pytest.mark.nightly
 def test_the_benchmark_measures_every_engine_and_that_they_agree(tmp_path: Path) -> None:
     found = tmp_path / "rows.json"
     command = [sys.executable, str(SCRIPT), "--quick", "--json", str(found)]

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "labelling.py"
 
 
+@pytest.mark.nightly
 def test_every_figure_is_measured_and_written(tmp_path: Path) -> None:
     found = tmp_path / "found.json"
     table = subprocess.run(

@@ -70,6 +70,7 @@ def check_files(found: dict[str, Any]) -> None:
     assert -1 < found["write_share"] < math.inf
 
 
+@pytest.mark.nightly
 def test_both_engines_move_the_same_and_what_was_not_run_is_absent(tmp_path: Path) -> None:
     found, tables = measured(tmp_path, "--only", "engines", "write", "read")
     check_rows(found)

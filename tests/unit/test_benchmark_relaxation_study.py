@@ -24,6 +24,7 @@ def study(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("relaxation_study")
 
 
+@pytest.mark.nightly
 def test_the_study_writes_a_row_for_every_method_and_resumes_where_it_was_stopped(
     study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

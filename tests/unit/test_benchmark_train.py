@@ -36,6 +36,7 @@ def measured(tmp_path: Path, *options: str) -> tuple[dict[str, Any], str]:
     return json.loads(found.read_text()), table
 
 
+@pytest.mark.nightly
 def test_a_checkpoint_is_timed_beside_the_epochs_and_what_was_not_run_is_absent(tmp_path: Path) -> None:
     found, table = measured(tmp_path, "--only", "checkpoint")
     assert "checkpoint by epoch" in table
