@@ -16,7 +16,7 @@ from hpcft.campaign.manager import bring_back, reopen_failures, write_marker
 from hpcft.campaign.records import StageRecord, read_records
 from hpcft.campaign.scheduler import Scheduler
 from hpcft.campaign.settings import model_of, settings_of, site_of
-from hpcft.config.fingerprint import PATIENCE_KEYS
+from hpcft.config.fingerprint import PATIENCE_KEYS, fingerprint
 from hpcft.errors import SchedulerUnavailable, UserError
 from hpcft.storage.atomic import create_json_once, write_json
 from hpcft.storage.campaign_folder import CampaignFolder, StageFolder
@@ -97,6 +97,7 @@ def change_settings(folder: CampaignFolder, changes: Sequence[str]) -> dict[str,
 
     identity = folder.read_identity()
     config = identity["config"]
+    decided = fingerprint(config)
     changed: dict[str, tuple[Any, Any]] = {}
     for change in changes:
         key, equals, text = change.partition("=")
@@ -118,6 +119,11 @@ def change_settings(folder: CampaignFolder, changes: Sequence[str]) -> dict[str,
         raise UserError(
             f"--set {'.'.join(map(str, first['loc']))}: {first['msg']}; nothing was changed"
         ) from failure
+    if fingerprint(config) != decided:
+        raise UserError(
+            f"--set {', '.join(changes)}: other data sets make other labels, and this campaign has some already; nothing was "
+            "changed. Give the new potentials a campaign of their own."
+        )
     write_json(folder.identity, identity)
     return changed
 

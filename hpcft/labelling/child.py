@@ -48,6 +48,17 @@ class Refusal:
     """The reference itself is wrong, so that no item can be computed."""
 
     message: str
+    is_away: bool = False
+    """Only a file is missing, which another node may see."""
+
+    @classmethod
+    def of(cls, error: UserError) -> Refusal:
+        return cls(str(error), isinstance(error, MissingInput))
+
+    @property
+    def error(self) -> UserError:
+        """The error that it was made of."""
+        return MissingInput(self.message) if self.is_away else UserError(self.message)
 
 
 def become_child(output: int) -> None:
@@ -101,7 +112,7 @@ def _compute(
                 traceback.print_exc()
             failure = Failure(error.cause, str(error))
         except UserError as error:
-            return Refusal(str(error))
+            return Refusal.of(error)
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             known_as = label_error(error, attempt_directory)

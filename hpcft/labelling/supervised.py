@@ -17,7 +17,6 @@ from pathlib import Path
 
 import psutil
 
-from hpcft.errors import UserError
 from hpcft.labelling.child import Frame, Refusal
 from hpcft.labelling.item import Item
 from hpcft.labelling.reference import Reference
@@ -93,7 +92,7 @@ class SupervisedCalculator:
         except (EOFError, ConnectionError) as error:
             raise self._lost() from error
         if isinstance(message, Refusal):
-            raise UserError(message.message)
+            raise message.error
         if isinstance(message, Path):
             self._folder = message
             return None

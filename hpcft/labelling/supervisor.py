@@ -106,7 +106,7 @@ def main(descriptor: int) -> None:
         while True:
             worker.send(supervisor.compute(*worker.recv()))
     except UserError as error:
-        worker.send(Refusal(str(error)))
+        worker.send(Refusal.of(error))
     except (_WorkerGone, EOFError, ConnectionError):
         pass
     finally:

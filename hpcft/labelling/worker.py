@@ -12,7 +12,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from hpcft.errors import LabelError, UserError
-from hpcft.labelling.causes import Failure
+from hpcft.labelling.causes import CAUSES_OF_THE_MACHINE, Failure
 from hpcft.labelling.child import Frame
 from hpcft.labelling.item import Item, item_key
 from hpcft.labelling.journal import Entry, Journal, Listing, Record, journal_path, list_journals
@@ -20,10 +20,6 @@ from hpcft.labelling.label import Label
 from hpcft.labelling.reference import Reference
 from hpcft.labelling.supervised import SupervisedCalculator, shares
 from hpcft.labelling.supervisor import Outcome
-
-# Here the machine is at fault: were they recorded, one bad node would turn a whole campaign into failed
-# structures.
-_CAUSES_OF_THE_MACHINE = {"missing-binary", "disk-full"}
 
 
 @dataclass(frozen=True)
@@ -250,7 +246,7 @@ def _was_interrupted(outcome: Outcome) -> bool:
 
 
 def _refuse_machine(index: int, result: object) -> None:
-    if isinstance(result, Failure) and result.cause in _CAUSES_OF_THE_MACHINE:
+    if isinstance(result, Failure) and result.cause in CAUSES_OF_THE_MACHINE:
         host = os.uname().nodename
         raise LabelError(
             result.cause,

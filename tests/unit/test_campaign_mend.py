@@ -124,6 +124,7 @@ def test_patience_can_be_changed_and_the_short_way_to_resources_works(folder: Ca
         ("nothing.time_min=3", "may change while a campaign goes on"),
         ("label.time_min=soon", "valid integer; nothing was changed"),
         ("label.memory_GB=-1", "greater than 0; nothing was changed"),
+        ("reference.environment={VASP_PP_PATH: /other}", "other labels.*nothing was changed"),
     ],
 )
 def test_any_other_change_is_refused_and_changes_nothing(
