@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 
-from hpcft.errors import LabelError, UserError
+from hpcft.errors import LabelError, MissingInput, UserError
 from hpcft.labelling.causes import Failure, Try, label_error
 from hpcft.labelling.item import Item, plain_structure
 from hpcft.labelling.label import Label, Relaxation, compute_label, relax
