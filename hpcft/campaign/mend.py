@@ -220,9 +220,10 @@ def _publish_labels(folder: CampaignFolder, stage: StageFolder) -> None:
     if not journals:
         return
     from hpcft.labelling.shard import finish_shard
-    from hpcft.stages.label_tasks import provenance_of
+    from hpcft.stages.label_tasks import provenance_of, reference_with
 
-    provenance = provenance_of(settings_of(folder), site_of(folder).mpi_launcher)
+    settings = settings_of(folder)
+    provenance = provenance_of(reference_with(settings, site_of(folder).mpi_launcher), settings)
     for task in sorted(journals):
         finish_shard(task, provenance)
 

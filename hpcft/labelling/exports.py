@@ -76,22 +76,27 @@ def labelled_structures(store: LabelStore, reference: Reference | None = None) -
             yield _structure(record, record.result, about)
 
 
+def with_label(atoms: Atoms, label: Label, *, extra: bool = False) -> Atoms:
+    """A copy that holds the label as MACE reads it: REF_energy, REF_forces, REF_stress; with `extra` also what else it has."""
+    labelled = atoms.copy()
+    labelled.info["REF_energy"] = label.energy
+    labelled.set_array("REF_forces", label.forces_n3)
+    if label.stress_6 is not None:
+        labelled.info["REF_stress"] = label.stress_6
+    for name, values in label.extra.items() if extra else ():
+        (labelled.arrays if EXTRA_SHAPES[name] is None else labelled.info)[f"REF_{name}"] = values
+    return labelled
+
+
 def _structure(record: Record, label: Label, about: dict[str, Any]) -> Atoms:
     assert record.atoms is not None
-    atoms = record.atoms.copy()
-    atoms.info = {
-        "REF_energy": label.energy,
+    atoms = with_label(record.atoms, label, extra=True)
+    atoms.info |= {
         "key": record.key,
         "energy_kind": label.energy_kind,
         "reference": _reference_in(about),
         "origin": _origin_in(about),
     }
-    if label.stress_6 is not None:
-        atoms.info["REF_stress"] = label.stress_6
-    atoms.set_array("REF_forces", label.forces_n3)
-    for name, values in label.extra.items():
-        target = atoms.arrays if EXTRA_SHAPES[name] is None else atoms.info
-        target[f"REF_{name}"] = values
     return atoms
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ase import Atoms
 
+from hpcft.labelling.exports import with_label
 from hpcft.labelling.journal import Record
-from hpcft.labelling.label import EXTRA_SHAPES, Label, Relaxation
+from hpcft.labelling.label import Label, Relaxation
 from hpcft.labelling.shard import FAILURES_FILE, SHARD_FILE, read_frames, read_shard
 from hpcft.stages.context import StageContext
-from hpcft.stages.labels import labelled
 from hpcft.stages.quarantine import find_suspects
 from hpcft.stages.sharing import work_of
 from hpcft.storage.atomic import publish, read_json, temporary_beside, write_json
@@ -30,11 +30,14 @@ _Placed = tuple[tuple[int, int], Atoms]
 """A structure behind what it is sorted by: its number in the input, and a step."""
 
 
-def export(context: StageContext) -> None:
-    """Write what is there so far, in the order of the input, and what of it has failed for what cause; may be repeated."""
+def export(context: StageContext, found: Sequence[Mapping[str, Any]] | None = None) -> None:
+    """Write what is there so far, in the order of the input, and what of it has failed for what cause; may be repeated.
+
+    `found` are the suspects, where all labels have just been held against each other.
+    """
     root, structures = context.folder.root, context.folder.inputs / "structures.h5"
     texts = read_texts(structures)
-    suspects = _suspects(context)
+    suspects = _suspects(context, found)
     num_done = _write_in_order(root / LABELS, _done(context, "frames", texts, suspects, read_shard))
     num_done += _write_in_order(root / RELAXED, _done(context, "relaxations", texts, suspects, read_shard))
     _write_in_order(root / FRAMES, _done(context, "relaxations", texts, suspects, read_frames))
@@ -73,19 +76,17 @@ def _done(
             yield (number, step), atoms
 
 
-def _suspects(context: StageContext) -> dict[_Place, str]:
+def _suspects(context: StageContext, found: Sequence[Mapping[str, Any]] | None) -> dict[_Place, str]:
     """What is wrong with labels that look so, unless label.quarantine releases them."""
     if not context.settings.label.quarantine:
         return {}
-    return {(s["task"], s["item"], s["step"]): str(s["reason"]) for s in find_suspects(context)}
+    suspects = find_suspects(context) if found is None else found
+    return {(s["task"], s["item"], s["step"]): str(s["reason"]) for s in suspects}
 
 
 def _labelled(record: Record) -> Atoms:
-    atoms = labelled(record)
-    assert isinstance(record.result, Label)
-    for name, values in record.result.extra.items():
-        (atoms.arrays if EXTRA_SHAPES[name] is None else atoms.info)[f"REF_{name}"] = values
-    return atoms
+    assert record.atoms is not None and isinstance(record.result, Label)
+    return with_label(record.atoms, record.result, extra=True)
 
 
 def _relaxed(result: Relaxation) -> Atoms:

@@ -39,7 +39,7 @@ def collect(context: StageContext) -> dict[str, Any]:
     except CampaignStopped:
         export(context)
         raise
-    export(context)
+    export(context, product["suspects"])
     return product
 
 

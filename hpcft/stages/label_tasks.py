@@ -31,16 +31,18 @@ _SHOWN = 3  # reasons in one message
 
 
 def reference_of(context: StageContext) -> Reference:
-    return _reference(context.settings, context.mpi)
+    """Reads all files that its arguments name, a teacher's model too: not to be called for each of many tasks."""
+    return reference_with(context.settings, context.mpi)
 
 
-def provenance_of(settings: Settings, mpi: Sequence[str]) -> dict[str, Any]:
-    """What each file of labels says of the reference and the campaign: without it no store can tell whose they are."""
-    return _reference(settings, mpi).provenance() | {"campaign": settings.name}
-
-
-def _reference(settings: Settings, mpi: Sequence[str]) -> Reference:
+def reference_with(settings: Settings, mpi: Sequence[str]) -> Reference:
+    """The same without a stage, for a site whose MPI launcher is `mpi`."""
     return reference_from(settings.reference, launcher(mpi, settings.label.ranks_per_calculation))
+
+
+def provenance_of(reference: Reference, settings: Settings) -> dict[str, Any]:
+    """What each file of labels says of the reference and the campaign: without it no store can tell whose they are."""
+    return reference.provenance() | {"campaign": settings.name}
 
 
 def relaxation_items(
@@ -87,7 +89,7 @@ def run_shard(task: TaskContext, frames: Sequence[Item], relaxations: Sequence[I
         retry_causes=causes,
     )
     task.ensure_owned()
-    finish_shard(task.path, provenance_of(context.settings, context.mpi))
+    finish_shard(task.path, provenance_of(reference, context.settings))
     retry.unlink(missing_ok=True)
     published = read_json(task.path / SHARD_FILE)
     return {
@@ -182,9 +184,12 @@ def _register(context: StageContext) -> None:
 
 def _salvage(context: StageContext) -> list[dict[str, Any]]:
     """Publish what tasks that were set aside have in their journals; a result for each of them."""
+    aside = context.here.read_set_aside()
+    if not aside:
+        return []
     found = []
-    plan = context.plan()
-    for index in context.here.read_set_aside():
+    plan, provenance = context.plan(), provenance_of(reference_of(context), context.settings)
+    for index in aside:
         where = context.here.task(index)
         items = sum(len(numbers_of(plan[index][kind])) for kind in ("frames", "relaxations"))
         listing = list_journals(where.path) if where.path.exists() else Listing({}, {})
@@ -193,7 +198,7 @@ def _salvage(context: StageContext) -> list[dict[str, Any]]:
         if (
             done or relaxation_frames
         ):  # a relaxation that never came to its end has labels on its way all the same
-            finish_shard(where.path, provenance_of(context.settings, context.mpi))
+            finish_shard(where.path, provenance)
         failed = items - len(done)
         found.append(
             {

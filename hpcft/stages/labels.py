@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from ase import Atoms
 
+from hpcft.labelling.exports import with_label
 from hpcft.labelling.journal import Record
 from hpcft.labelling.label import Label, Relaxation
 from hpcft.labelling.shard import SHARD_FILE, read_frames, read_shard
@@ -42,21 +43,15 @@ def relaxation_frames(context: StageContext) -> list[Atoms]:
         for record in read_frames(folder) if (folder / SHARD_FILE).exists() else ():
             if (index, record.index, record.step) in left_out:
                 continue
-            atoms = labelled(record)
+            atoms = _labelled(record)
             atoms.info["origin"] = f"step {record.step} of relaxation {work[record.index][1]}"
             found.append(atoms)
     return found
 
 
-def labelled(record: Record) -> Atoms:
-    """The structure of a record with its label: REF_energy, REF_forces and REF_stress."""
+def _labelled(record: Record) -> Atoms:
     assert record.atoms is not None and isinstance(record.result, Label)
-    atoms = record.atoms.copy()
-    atoms.info["REF_energy"] = record.result.energy
-    atoms.arrays["REF_forces"] = record.result.forces_n3
-    if record.result.stress_6 is not None:
-        atoms.info["REF_stress"] = record.result.stress_6
-    return atoms
+    return with_label(record.atoms, record.result)
 
 
 def label_outcomes(context: StageContext, stage: str, round_: int | None = None) -> dict[int, Atoms]:
@@ -66,7 +61,7 @@ def label_outcomes(context: StageContext, stage: str, round_: int | None = None)
     found = {}
     for kind, number, record in _records(context, stage, context.round if round_ is None else round_):
         if kind == "frames" and isinstance(record.result, Label):
-            found[number] = labelled(record)
+            found[number] = _labelled(record)
     return dict(sorted(found.items()))
 
 

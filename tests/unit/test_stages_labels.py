@@ -13,6 +13,7 @@ from ase.build import bulk
 
 from hpcft.campaign.tidy import tidy
 from hpcft.config.campaign import Campaign
+from hpcft.config.label_run import LabelRun
 from hpcft.errors import CampaignStopped
 from hpcft.labelling.cost import cost_model
 from hpcft.labelling.item import Item, item_key
@@ -20,6 +21,7 @@ from hpcft.labelling.journal import Journal, Record, journal_path
 from hpcft.labelling.label import Label
 from hpcft.labelling.shard import finish_shard
 from hpcft.labelling.store import LabelStore
+from hpcft.stages import label_file
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.label import plan
 from hpcft.stages.label_plan import seen_so_far, shards
@@ -28,7 +30,7 @@ from hpcft.stages.labels import label_outcomes, relaxation_frames, training_labe
 from hpcft.stages.sharing import work_of
 from hpcft.storage.atomic import read_json, write_json
 from hpcft.storage.campaign_folder import CampaignFolder
-from hpcft.storage.structures import read_structures, write_structures
+from hpcft.storage.structures import read_any, read_structures, write_structures
 from hpcft.training.rank import Rank
 
 CONFIG: dict[str, Any] = {
@@ -369,6 +371,26 @@ def test_a_label_with_a_wrong_energy_is_quarantined_until_the_user_releases_it(
     released = context(folder, 1, "label", label={"quarantine": False})
     assert sorted(label_outcomes(released, "label")) == list(range(12))
     assert len(training_labels(released)) == 12
+
+
+def test_a_labelling_run_exports_a_label_that_looks_wrong_with_the_reason_unless_it_is_released(
+    folder: CampaignFolder,
+) -> None:
+    frames = [copper(seed) for seed in range(12)]
+    write_structures(folder.inputs / "structures.h5", frames)
+    run = {"name": "run", "structures": "/nowhere/in.extxyz", "reference": CONFIG["reference"]}
+    here = StageContext(folder, LabelRun.model_validate(run), 0, "label")
+    here.here.outcomes.mkdir(parents=True)
+    [payload] = label_file.plan(here)
+    write_json(here.here.plan, {"tasks": [payload]})
+    write_json(here.here.task(0).result, label(here, 0, frames, payload))
+    spoil(here, 4, -40.0)
+    [suspect] = label_file.collect(here)["suspects"]
+    reasons = [atoms.info.get("suspect") for atoms in read_any(folder.root / "labels.extxyz")]
+    assert reasons == [None] * 4 + [suspect["reason"]] + [None] * 7
+    release = {**run, "label": {"quarantine": False}}
+    label_file.collect(StageContext(folder, LabelRun.model_validate(release), 0, "label"))
+    assert not any("suspect" in atoms.info for atoms in read_any(folder.root / "labels.extxyz"))
 
 
 def test_a_label_of_an_early_round_is_found_out_by_those_of_a_later_one(folder: CampaignFolder) -> None:

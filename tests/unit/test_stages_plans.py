@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -189,9 +190,10 @@ def test_structures_with_a_flipped_bit_are_never_planned(
 ) -> None:
     """The tasks read only their own structures of a file, and would label wrong ones without a word."""
     path = folder.root / file
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    component = struct.pack("<d", bulk("Cu").cell[0, 1])
+    content = path.read_bytes()
+    assert component in content
+    path.write_bytes(content.replace(component, bytes([component[0] ^ 1]) + component[1:], 1))
     with pytest.raises(DamagedFile, match=path.name):
         plan(folder, 1 if stage == "label" else 0, stage)
 
