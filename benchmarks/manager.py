@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from ase import Atoms
 from ase.build import bulk
 from rich.console import Console
 from rich.table import Table
@@ -42,7 +44,11 @@ from hpcft.campaign.records import read_records
 from hpcft.campaign.tidy import tidy
 from hpcft.config.campaign import Campaign
 from hpcft.config.site import Site
+from hpcft.labelling.item import Item
+from hpcft.labelling.reference import Reference
+from hpcft.labelling.shard import finish_shard
 from hpcft.labelling.store import LabelStore
+from hpcft.labelling.worker import label_items
 from hpcft.stages.context import StageContext
 from hpcft.stages.registry import stage_named
 from hpcft.stages.sharing import numbers_of
@@ -230,14 +236,32 @@ class Round:
         for task in tasks:
             where = self.stage.task(task)
             where.path.mkdir(parents=True, exist_ok=True)
-            for name in ("lock", "journal-0001.jsonl", "labels.h5", "failures.json"):
+            for name in ("lock", "journal-0001.jsonl", "failures.json"):
                 (where.path / name).write_text("{}")
+            (where.path / "labels.h5").write_bytes(label_bytes(num_items))
             keys = [key_of(task * num_items + item) for item in range(num_items)]
             (where.path / "shard.json").write_text(json.dumps({"labels": keys, "relaxations": []}))
             where.run(1).write_text(mark)
             where.result.write_text(result)
             for suffix in ("log.out", "log.err", "result.pkl"):
                 logs[task].with_name(f"{logs[task].name}_{suffix}").write_text("a line of a log\n" * 20)
+
+
+@functools.lru_cache(maxsize=4)
+def label_bytes(num_items: int) -> bytes:
+    """The file of a task's labels of so many cells: every task's are the same, which is of no account here."""
+    items = [Item.single_point(atoms) for atoms in _rattled_copper(num_items)]
+    with tempfile.TemporaryDirectory() as folder:
+        label_items(items, Reference("ase.calculators.emt.EMT"), Path(folder))
+        finish_shard(Path(folder))
+        return (Path(folder) / "labels.h5").read_bytes()
+
+
+def _rattled_copper(count: int) -> list[Atoms]:
+    cells = [bulk("Cu", cubic=True) for _ in range(count)]
+    for seed, atoms in enumerate(cells):
+        atoms.rattle(0.05, seed=seed)
+    return cells
 
 
 def measure_steps(work: Round, num_items: int) -> dict[str, float]:

@@ -68,7 +68,7 @@ def _files(context: StageContext, stage: str, round_: int) -> list[tuple[int, Pa
 
 def _items_and_steps(path: Path) -> list[tuple[int, int | None]]:
     if path.name != FRAMES_FILE:
-        [items] = read_columns(path, ("info/index",))
+        [items] = read_columns(path, ("info/index",), verify=False)
         return [(item, None) for item in items.tolist()]
-    items, steps = read_columns(path, ("info/index", "info/step"))
+    items, steps = read_columns(path, ("info/index", "info/step"), verify=False)
     return list(zip(items.tolist(), steps.tolist(), strict=True))

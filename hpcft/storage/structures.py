@@ -271,9 +271,9 @@ def count_structures(path: Path) -> int:
         return len(file["offsets"]) - 1
 
 
-def read_columns(path: Path, names: Sequence[str]) -> list[Array]:
+def read_columns(path: Path, names: Sequence[str], *, verify: bool = True) -> list[Array]:
     """Datasets of a file of `write_structures` as they are, such as `info/REF_energy` and `numbers`: no structure is made."""
-    with open_file(path, "structures", verify=True) as file:
+    with open_file(path, "structures", verify=verify) as file:
         columns = []
         for name in names:
             group, _, key = name.rpartition("/")
