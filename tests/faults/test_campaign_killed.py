@@ -112,3 +112,46 @@ def _assert_no_epoch_was_repeated(root: Path, epochs: int) -> None:
     seen = [json.loads(line)["epoch"] for line in lines]
     assert len(seen) == len(set(seen))
     assert max(seen) == epochs
+
+
+UNROLLED = {
+    "rounds": 1,
+    "relaxations": {**CAMPAIGN["relaxations"], "cell": True},
+    "train": {
+        **CAMPAIGN["train"],
+        "epochs": 6,
+        "relaxation": {
+            **CAMPAIGN["train"]["relaxation"],
+            "every": 1,
+            "steps": 12,
+            "learn_step_size": "per-element",
+        },
+    },
+}
+
+
+@pytest.mark.nightly
+def test_a_campaign_killed_while_it_unrolls_relaxations_with_their_cells_and_learns_step_sizes_ends_the_same(
+    tmp_path: Path,
+) -> None:
+    campaign = write_campaign(tmp_path / "inputs", UNROLLED)
+    hpcft_to_end("run", campaign, "--dir", tmp_path / "undisturbed", cwd=tmp_path)
+    root = tmp_path / "disturbed"
+    metrics = root / "round-001/train/tasks/0000/metrics.jsonl"
+    arguments: tuple[object, ...] = ("run", campaign, "--dir", root)
+    for epochs in (1, 3):
+        with (tmp_path / "log").open("a") as log:
+            process = hpcft(*arguments, cwd=tmp_path, output=log)
+        while process.poll() is None and not (
+            metrics.exists() and len(metrics.read_text().splitlines()) >= epochs
+        ):
+            time.sleep(0.02)
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        kill([process.pid, *processes_of(root)])
+        process.wait()
+        arguments = ("resume", root)
+    hpcft_to_end("resume", root, cwd=tmp_path)
+    assert_same_results(tmp_path / "undisturbed", root)
+    product = json.loads((root / "round-001/train/product.json").read_text())
+    assert product["step_size"]["step_sizes"] != [0.05]
+    _assert_no_epoch_was_repeated(root, 6)
