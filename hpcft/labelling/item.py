@@ -21,7 +21,7 @@ Kind = Literal["single-point", "relaxation"]
 
 # What a reference calculation may depend on besides numbers, positions, cell and periodicity.
 _BLOCK = 1_000  # structures that are read at once
-_OPTIONAL_ARRAYS = ("initial_magmoms", "initial_charges")
+OPTIONAL_ARRAYS = ("initial_magmoms", "initial_charges")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ def plain_structure(atoms: Atoms) -> Atoms:
         cell=np.asarray(atoms.cell.array, dtype=np.float64) + 0.0,
         pbc=atoms.pbc,
     )
-    for name in _OPTIONAL_ARRAYS:
+    for name in OPTIONAL_ARRAYS:
         if name in atoms.arrays and np.any(atoms.arrays[name]):
             plain.set_array(name, np.asarray(atoms.arrays[name], dtype=np.float64) + 0.0)
     return plain
@@ -133,7 +133,7 @@ def item_key(item: Item, reference: Reference) -> str:
         "cell": atoms.cell.array.astype("<f8"),
         "pbc": atoms.pbc.astype("u1"),
     }
-    arrays |= {name: atoms.arrays[name].astype("<f8") for name in _OPTIONAL_ARRAYS if name in atoms.arrays}
+    arrays |= {name: atoms.arrays[name].astype("<f8") for name in OPTIONAL_ARRAYS if name in atoms.arrays}
     for name, array in arrays.items():
         digest.update(f"{name}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hpcft.errors import LabelError
 from hpcft.labelling.causes import calculator_errors
 from hpcft.labelling.convergence import is_unconverged
-from hpcft.labelling.item import plain_structure
+from hpcft.labelling.item import OPTIONAL_ARRAYS, plain_structure
 from hpcft.labelling.sanity import symmetric_voigt
 
 Array = NDArray[np.float64]
@@ -168,8 +168,12 @@ def check_geometry(atoms: Atoms) -> None:
     """LabelError for a structure that no reference calculation should be started on."""
     if len(atoms) == 0:
         raise LabelError("geometry", "the structure has no atoms")
-    for name, values in {"cell": atoms.cell.array, **atoms.arrays}.items():
-        if not np.isfinite(values).all():
+    if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
+        raise LabelError(
+            "geometry", f"the positions or the cell of {atoms.get_chemical_formula()} hold NaN or infinity"
+        )
+    for name in OPTIONAL_ARRAYS:
+        if name in atoms.arrays and not np.isfinite(atoms.arrays[name]).all():
             raise LabelError("geometry", f"the {name} of {atoms.get_chemical_formula()} hold NaN or infinity")
     periodic_vectors = atoms.cell.array[atoms.pbc]
     if len(periodic_vectors) and np.linalg.matrix_rank(periodic_vectors) < len(periodic_vectors):

@@ -10,7 +10,7 @@ from ase.build import bulk
 from one_stage import campaign_before, drive_to_end, write_labels
 from tiny import CAMPAIGN
 
-from hpcft.campaign.settings import campaign_of
+from hpcft.campaign.settings import settings_of
 from hpcft.md import AT_STOP
 from hpcft.selection.q_residual import Q_RESIDUAL
 from hpcft.stages import explore
@@ -48,7 +48,7 @@ def test_a_replica_beyond_the_labels_is_stopped_and_goes_on_from_there_in_the_ne
             beyond = residuals > LIMIT
             assert beyond.tolist() == trajectory.array(replica, AT_STOP).tolist()
             assert beyond[-1] == (stopped.get(str(replica)) == "q_residual")
-    context = StageContext(folder, campaign_of(folder), 3, "explore")
+    context = StageContext(folder, settings_of(folder), 3, "explore")
     for replica in explore._start(context, [0, 1, 2, 3]):
         assert replica.stopped == ""
         assert replica.step == int(states[f"{replica.index:04d}"]["step"])
