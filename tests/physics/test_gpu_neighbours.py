@@ -1,4 +1,7 @@
-"""The GPU's neighbour list against matscipy's, on the library's own CPU path: the same code, another device."""
+"""The GPU's neighbour list against matscipy's, on the library's own CPU path: the same code, another device.
+
+The extra `test` brings the library, so that its absence is a failure here.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,6 @@ from test_neighbours import pairs_of
 from hpcft.models import gpu_neighbours
 from hpcft.models.graph import Graph, build_graph, rebuild_edges
 
-needs_library = pytest.mark.skipif(
-    gpu_neighbours.library() is None, reason="nvalchemi-toolkit-ops is not installed"
-)
-
 
 def with_edges_of_library(graph: Graph, cutoff: float) -> Graph:
     found = gpu_neighbours.edges_where_they_are(graph, cutoff)
@@ -29,7 +28,6 @@ def with_edges_of_library(graph: Graph, cutoff: float) -> Graph:
     return replace(graph, senders_e=senders, receivers_e=receivers, shifts_e3=shifts)
 
 
-@needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_holds_matscipys_pairs_in_cells_of_all_kinds(dtype: torch.dtype) -> None:
     """Skewed and smaller than the cutoff, periodic or not along each direction, with atoms outside of the cell."""
@@ -45,7 +43,6 @@ def test_it_holds_matscipys_pairs_in_cells_of_all_kinds(dtype: torch.dtype) -> N
         assert pairs_of(with_edges_of_library(graph, cutoff)) == pairs_of(graph)
 
 
-@needs_library
 def test_a_crystal_under_great_pressure_loses_no_pair() -> None:
     """Denser than the library guesses: fails if its list is cut off at that guess."""
     crystal = bulk("Cu", a=1.8, cubic=True).repeat(2)
@@ -56,7 +53,6 @@ def test_a_crystal_under_great_pressure_loses_no_pair() -> None:
     assert pairs_of(with_edges_of_library(graph, 4.5)) == pairs_of(graph)
 
 
-@needs_library
 @pytest.mark.parametrize(
     "break_it", [lambda a: a.set_cell(None), lambda a: a.positions.__setitem__(0, np.nan)]
 )
