@@ -1,7 +1,7 @@
 """From the segments of a finished run to one H5MD 1.1 file.
 
 What a damaged file gives back depends on how it was laid down, so: all groups first, or their headers go on at the
-end, which a cut takes away; each segment flushed before the next, so that the file grows in the order of time; and
+end, which a cut takes away; some segments flushed before the next, so that the file grows in the order of time; and
 all of a replica's quantities in blocks of the same frames, so that what is lost is lost for the same few.
 """
 
@@ -21,6 +21,7 @@ from hpcft.storage.frames import FrameBlock
 from hpcft.storage.hdf5 import write_file
 from hpcft.storage.segments import read_segment
 from hpcft.storage.tree import (
+    Array,
     StreamedDataset,
     blank,
     read_attributes,
@@ -32,6 +33,10 @@ from hpcft.storage.tree import (
 # Frames of more have a chunk of their own, smaller ones share one.
 _CHUNK_BYTES = 1 << 16
 
+# To append to a dataset costs 0.2 ms, however little it is; but what is written at once stands replica by replica.
+_BYTES_AT_ONCE = 1 << 25
+_SHARE_AT_ONCE = 1 / 16
+
 # Each chunk is compared when it is read, by whatever program. The cache is for the chunk that is being filled:
 # HDF5's own default is 8 MiB for each of thousands of datasets.
 _CHECKED: dict[str, Any] = {"fletcher32": True, "rdcc_nbytes": 1 << 19}
@@ -40,9 +45,9 @@ _CHECKED: dict[str, Any] = {"fletcher32": True, "rdcc_nbytes": 1 << 19}
 def consolidate(segments: Sequence[Path], final: Path, provenance: Mapping[str, Any]) -> None:
     """Write all frames of `segments`, in their order, and the last checkpoint into one H5MD file.
 
-    Each replica that has a frame is an H5MD root of its own under /replicas/NNNN. Only one segment is in memory
-    at a time, and all are left for the caller to delete, so this is safe to repeat. Raises UserError if they do
-    not fit together, OSError on a full disk.
+    Each replica that has a frame is an H5MD root of its own under /replicas/NNNN. Few segments are in memory at a
+    time (32 MiB, a sixteenth of all, or one), and all are left for the caller to delete, so this is safe to repeat.
+    Raises UserError if they do not fit together, OSError on a full disk.
     """
     if not segments:
         raise UserError(f"There is no segment to make {final} from; the run committed nothing yet.")
@@ -55,6 +60,7 @@ def consolidate(segments: Sequence[Path], final: Path, provenance: Mapping[str, 
         digests.attrs["checkpoint"] = np.zeros(DIGEST_BYTES, np.uint8)
         writers: dict[int, _ReplicaWriter] = {}
         checkpoint: dict[str, Any] = {}
+        held: list[int] = []
         for path in segments:
             blocks, checkpoint = read_segment(path)
             for block in filter(lambda block: block.num_frames, blocks):
@@ -62,7 +68,13 @@ def consolidate(segments: Sequence[Path], final: Path, provenance: Mapping[str, 
                     expected = block.num_frames * len(segments)
                     writers[block.replica] = _ReplicaWriter(file, h5md, block, expected)
                 writers[block.replica].append(block, path)
-            file.flush()
+            held.append(path.stat().st_size)
+            is_enough = sum(held) >= _BYTES_AT_ONCE or len(held) >= _SHARE_AT_ONCE * len(segments)
+            if is_enough or path == segments[-1]:
+                for writer in writers.values():
+                    writer.write()
+                file.flush()
+                held.clear()
         write_tree(state, checkpoint)
         digests.attrs.modify("checkpoint", digest_tree(read_tree(state)))
 
@@ -75,7 +87,7 @@ class _ReplicaWriter:
     def __init__(self, file: Any, h5md: Any, first: FrameBlock, expected_frames: int) -> None:
         self._first = first
         self._last_step = int(first.step[0]) - 1
-        self._streams: dict[str, StreamedDataset] = {}
+        self._streams: dict[str, _Held] = {}
         root = file.create_group(layout.replica_path(first.replica))
         root["h5md"] = h5md
         self._rows = _frames_per_chunk(first, expected_frames)
@@ -85,13 +97,13 @@ class _ReplicaWriter:
         box.attrs["boundary"] = ["periodic" if periodic else "none" for periodic in first.pbc]
         # No fletcher32: one wrong bit would take the digests of all frames that share a chunk.
         none = np.empty((0, DIGEST_BYTES), np.uint8)
-        self._digests = StreamedDataset(file, digests_path(first.replica), none, self._rows)
+        self._digests = _Held(StreamedDataset(file, digests_path(first.replica), none, self._rows))
 
     def _create_series(self, root: Any, first: FrameBlock) -> None:
         position = root.create_group(f"{layout.PARTICLES}/position")
-        self._streams["step"] = StreamedDataset(position, "step", first.step, self._rows, **_CHECKED)
-        self._streams["time_fs"] = StreamedDataset(position, "time", first.time_fs, self._rows, **_CHECKED)
-        self._streams["time_fs"].dataset.attrs["unit"] = "fs"
+        steps = StreamedDataset(position, "step", first.step, self._rows, **_CHECKED)
+        times = StreamedDataset(position, "time", first.time_fs, self._rows, "fs", **_CHECKED)
+        self._streams |= {"step": _Held(steps), "time_fs": _Held(times)}
         for name, (path, unit) in layout.PER_FRAME.items():
             self._create_element(root, name, path, unit, getattr(first, name))
         for name, values in first.observables.items():
@@ -111,14 +123,16 @@ class _ReplicaWriter:
         """
         element = root.require_group(path)
         sparse = bool(blank(rows).any())
-        self._streams[name] = StreamedDataset(
+        values = StreamedDataset(
             element, "value", rows, self._rows, unit, sparse=sparse, **_CHECKED, **options
         )
+        self._streams[name] = _Held(values)
         if "step" not in element:
             element["step"] = root[layout.STEP]
             element["time"] = root[layout.TIME]
 
     def append(self, block: FrameBlock, source: Path) -> None:
+        """Hold frames for the next `write`."""
         self._check_fits(block, source)
         rows = block.per_frame() | block.observables
         for name, value in block.static().items():
@@ -126,6 +140,10 @@ class _ReplicaWriter:
         for name, stream in self._streams.items():
             stream.append(rows[name])
         self._digests.append(digest_frames(block))
+
+    def write(self) -> None:
+        for stream in (*self._streams.values(), self._digests):
+            stream.write()
 
     def _check_fits(self, block: FrameBlock, source: Path) -> None:
         problem = None
@@ -142,6 +160,22 @@ class _ReplicaWriter:
                 f"{source} does not continue the segments before it: replica {block.replica} has {problem}. "
                 "Segments of different runs were mixed; remove those that do not belong here."
             )
+
+
+class _Held:
+    """Rows on their way to a dataset."""
+
+    def __init__(self, stream: StreamedDataset) -> None:
+        self._stream = stream
+        self._rows: list[Array] = []
+
+    def append(self, rows: Array) -> None:
+        self._rows.append(rows)
+
+    def write(self) -> None:
+        if self._rows:
+            self._stream.append(np.concatenate(self._rows))
+            self._rows.clear()
 
 
 def _frames_per_chunk(block: FrameBlock, expected_frames: int) -> int:

@@ -12,10 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hpcft.storage.frames import FrameBlock
 from hpcft.storage.hdf5 import open_file, write_file
+from hpcft.storage.packed_tree import read_packed, write_packed
 from hpcft.storage.seal import DamagedFile, check_seal, read_seal
-from hpcft.storage.tree import StreamedDataset, blank, read_tree, write_tree
+from hpcft.storage.tree import Array, blank
 
 _SEGMENT_NAME = re.compile(r"segment-(\d{4,})\.h5")
 
@@ -38,15 +41,8 @@ def write_segment(path: Path, blocks: Sequence[FrameBlock], checkpoint: Mapping[
         )
 
     def fill(file: Any) -> None:
-        group = file.create_group("replicas")
-        for block in blocks:
-            frames = block.per_frame()
-            sparse = {name: frames.pop(name) for name, rows in block.per_frame().items() if blank(rows).any()}
-            tree = {"static": block.static(), "frames": frames, "observables": block.observables}
-            write_tree(own := group.create_group(f"{block.replica:04d}"), tree)
-            for name, rows in sparse.items():
-                StreamedDataset(own["frames"], name, rows, len(rows), sparse=True).append(rows)
-        write_tree(file.create_group("checkpoint"), checkpoint)
+        write_packed(file.create_group("frames"), {f"{block.replica:04d}": _pack(block) for block in blocks})
+        write_packed(file.create_group("checkpoint"), checkpoint)
 
     return write_file(path, "segment", fill, once=True)
 
@@ -54,13 +50,17 @@ def write_segment(path: Path, blocks: Sequence[FrameBlock], checkpoint: Mapping[
 def read_segment(path: Path, *, frames: bool = True) -> tuple[list[FrameBlock], dict[str, Any]]:
     """The blocks by rising replica (none with `frames=False`), and the checkpoint; DamagedFile if altered."""
     with open_file(path, "segment", verify=True) as file:
-        checkpoint = read_tree(file["checkpoint"])
-        stored = read_tree(file["replicas"]) if frames else {}
-    blocks = [
-        FrameBlock(replica=int(name), **tree["static"], **tree["frames"], observables=tree["observables"])
-        for name, tree in stored.items()
-    ]
+        checkpoint = read_packed(file["checkpoint"])
+        stored = read_packed(file["frames"]) if frames else {}
+    blocks = [_unpack(int(name), tree) for name, tree in stored.items()]
     return sorted(blocks, key=lambda block: block.replica), checkpoint
+
+
+def steps_in_segment(path: Path) -> dict[int, Array]:
+    """The steps of the frames of each replica that has a block in a segment; nothing else is read."""
+    with open_file(path, "segment") as file:
+        stored = read_packed(file["frames"], only=["frames/step"])
+    return {int(name): tree["frames"]["step"] for name, tree in stored.items()}
 
 
 def list_segments(folder: Path) -> list[Path]:
@@ -111,6 +111,23 @@ def segment_files(folder: Path) -> list[Path]:
         (int(found[1]), path) for path in folder.iterdir() if (found := _SEGMENT_NAME.fullmatch(path.name))
     ]
     return [path for _, path in sorted(names)]
+
+
+def _pack(block: FrameBlock) -> dict[str, Any]:
+    """Without the frames of a quantity that were not taken down: `taken` [f] says of such a quantity which were."""
+    frames = block.per_frame()
+    taken = {name: ~empty for name, rows in frames.items() if (empty := blank(rows)).any()}
+    frames |= {name: frames[name][mask] for name, mask in taken.items()}
+    return {"static": block.static(), "frames": frames, "observables": block.observables, "taken": taken}
+
+
+def _unpack(replica: int, tree: dict[str, Any]) -> FrameBlock:
+    frames = tree["frames"]
+    for name, mask in tree["taken"].items():
+        rows = np.full((len(mask), *frames[name].shape[1:]), np.nan, frames[name].dtype)
+        rows[mask] = frames[name]
+        frames[name] = rows
+    return FrameBlock(replica=replica, **tree["static"], **frames, observables=tree["observables"])
 
 
 def _has_its_length(path: Path) -> bool:

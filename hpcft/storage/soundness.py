@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hpcft.errors import UserError
-from hpcft.storage.hdf5 import kind_of, open_file
+from hpcft.storage.hdf5 import kind_of
 from hpcft.storage.seal import SEAL_BYTES, DamagedFile, check_seal, read_seal
-from hpcft.storage.segments import list_proven_segments, segment_files, segment_path
+from hpcft.storage.segments import list_proven_segments, segment_files, segment_path, steps_in_segment
 from hpcft.storage.structures import count_structures
 from hpcft.storage.trajectory import Trajectory
 
@@ -137,16 +136,14 @@ def _count_trajectory(path: Path) -> Counts:
 
 
 def _count_segments(paths: Sequence[Path]) -> Counts:
-    replicas: set[str] = set()
+    replicas: set[int] = set()
     num_frames, last_step = 0, None
     for path in paths:
-        with open_file(path, "segment") as file:
-            for name, replica in file["replicas"].items():
-                replicas.add(name)
-                step: Any = replica["frames/step"]
-                num_frames += len(step)
-                if len(step):
-                    last_step = max(last_step or 0, int(step[-1]))
+        for replica, step in steps_in_segment(path).items():
+            replicas.add(replica)
+            num_frames += len(step)
+            if len(step):
+                last_step = max(last_step or 0, int(step[-1]))
     return Counts(len(replicas), num_frames, last_step)
 
 

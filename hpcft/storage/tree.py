@@ -22,17 +22,12 @@ def write_tree(group: Any, tree: Mapping[str, Any]) -> None:
     Tuples come back as lists and NumPy scalars as 0-d arrays. Raises TypeError for what neither can hold.
     """
     for key, value in tree.items():
-        if not isinstance(key, str) or not key:
-            raise TypeError(f"{group.name} would get the key {key!r}, but keys must be non-empty strings")
+        check_key(key, group.name)
         name = encode_name(key)
         if isinstance(value, Mapping):
             write_tree(group.create_group(name), value)
         elif isinstance(value, np.ndarray | np.generic):
-            if value.dtype.kind not in _NUMERIC_KINDS:
-                raise TypeError(
-                    f"{group.name}/{key} has type {value.dtype}, but arrays must hold numbers or booleans"
-                )
-            write_array(group, name, np.asarray(value))
+            write_array(group, name, numbers_of(value, f"{group.name}/{key}"))
         else:
             group.create_dataset(name, data=json.dumps(value))
 
@@ -49,6 +44,19 @@ def read_tree(group: Any) -> dict[str, Any]:
             value = np.asarray(node[()])
         tree[decode_name(name)] = value
     return tree
+
+
+def check_key(key: Any, where: str) -> None:
+    """TypeError for what cannot be a key of a stored dictionary."""
+    if not isinstance(key, str) or not key:
+        raise TypeError(f"{where} would get the key {key!r}, but keys must be non-empty strings")
+
+
+def numbers_of(value: Array | np.generic, where: str) -> Array:
+    """An array of numbers, 0-d for a scalar; TypeError for one of anything else."""
+    if value.dtype.kind not in _NUMERIC_KINDS:
+        raise TypeError(f"{where} has type {value.dtype}, but arrays must hold numbers or booleans")
+    return np.asarray(value)
 
 
 def write_array(group: Any, name: str, array: Array, unit: str | None = None) -> None:

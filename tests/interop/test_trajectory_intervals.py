@@ -63,8 +63,8 @@ def test_segments_and_the_file_give_back_every_bit_and_hold_no_more_than_was_tak
         for name in EVERY:
             np.testing.assert_array_equal(getattr(stored, name), getattr(one, name), strict=True)
             with h5py.File(path) as file:
-                num_chunks = file[f"replicas/0011/frames/{name}"].id.get_num_chunks()
-            assert num_chunks == np.isfinite(getattr(one, name)[:, 0, 0]).sum()
+                num_stored = len(file[f"frames/{getattr(one, name).dtype.str}/frames/{name}"])
+            assert num_stored == np.isfinite(getattr(one, name)).sum()
     with Trajectory(trajectory) as opened:
         for name in EVERY:
             np.testing.assert_array_equal(opened.array(11, name), all_of(blocks, name), strict=True)
