@@ -22,7 +22,8 @@ By the processor's time it shows what smaller batches cost.
 write: `run_segments`, which writes a segment while the next one runs, beside `Simulation.run` with the same steps of the same
 replicas; the write of the last segment overlaps with nothing. With a Morse potential: where forces cost little, writing weighs
 most, and a thousand steps end in time. `write_share_mace`: seconds of a write alone by those of a segment of MACE's steps, where
-both were measured. MB/s of `write_segment` beside one plain write and fsync of as many bytes.
+both were measured. `consolidation_cpu_share`: what it takes to make one H5MD file of the segments in the end (two here), so most
+of it is to lay the file out, once for each replica. MB/s of `write_segment` beside one plain write and fsync of as many bytes.
 
 read: frames of a consolidated trajectory of 50 replicas by `Trajectory.frame`, at random and in order, from the page cache.
 
@@ -296,17 +297,21 @@ def timed_writing(folder: Path, size: Size, device: str) -> dict[str, Any]:
     potential = MorsePotential(train_problem.ELEMENTS, cutoff=4.0).to(device).requires_grad_(False)
     stretch, start = size.written_stretch, crystals(size.written_replicas, CUBE, seed=7)
     simulation_of(potential, [atoms.copy() for atoms in start]).run(WARM_UP, FRAME_EVERY)
-    found: dict[str, Any] = {"alone": [], "committed": []}
+    found: dict[str, Any] = {"alone": [], "committed": [], "consolidated": []}
     for number in range(size.repetitions):
         for name in ("alone", "committed")[:: 1 if number % 2 == 0 else -1]:
             simulation = simulation_of(potential, [atoms.copy() for atoms in start])
             begun = Mark.now()
             if name == "committed":
-                run_segments(folder / f"written-{number}", simulation, stretch)
+                segments = run_segments(folder / f"written-{number}", simulation, stretch)
             else:
                 for _ in range(stretch.num_segments):
                     blocks = simulation.run(stretch.steps_per_segment, stretch.frame_every)
             found[name].append(Mark.now().since(begun))
+            if name == "committed":
+                begun = Mark.now()
+                storage.consolidate(segments, folder / f"written-{number}.h5", {})
+                found["consolidated"].append(Mark.now().since(begun))
             state = {f"{replica.index:04d}": replica.state() for replica in simulation.replicas}
             check_ends(state, stretch)
     return found | timed_writes(folder / "writes", blocks, state)
@@ -334,6 +339,9 @@ def timed_writes(folder: Path, blocks: Sequence[FrameBlock], checkpoint: Mapping
 def of_writing(bench: Bench) -> Found:
     (timed,) = in_processes(timed_writing, (bench.folder, bench.size, bench.device))
     pairs = list(zip(timed["committed"], timed["alone"], strict=True))
+    consolidation = [
+        end.cpu / run.cpu for end, run in zip(timed["consolidated"], timed["committed"], strict=True)
+    ]
     found: Found = {
         **spanned("write_share", [ours.wall / alone.wall - 1 for ours, alone in pairs]),
         **spanned("write_cpu_share", [ours.cpu / alone.cpu - 1 for ours, alone in pairs]),
@@ -342,6 +350,7 @@ def of_writing(bench: Bench) -> Found:
         **spanned("write_cpu_seconds", [one.cpu for one in timed["segment"]]),
         **spanned("write_MB_per_s", [timed["MB"] / one.wall for one in timed["segment"]]),
         **spanned("plain_MB_per_s", [timed["MB"] / one.wall for one in timed["plain"]]),
+        **spanned("consolidation_cpu_share", consolidation),
         "segment_MB": timed["MB"],
     }
     bench.progress(f"a segment of {timed['MB']:.1f} MB is written in {found['write_seconds']:.3f} s")
@@ -483,6 +492,7 @@ ALONE = (
     ("the same by CPU time of a rank", "rank_cpu_speedup_2", "{:.2f}"),
     ("segments take of a run with Morse", "write_share", "{:.2%}"),
     ("the same by CPU time", "write_cpu_share", "{:.2%}"),
+    ("their consolidation, by CPU time of such a run", "consolidation_cpu_share", "{:.2%}"),
     ("a write alone, by a segment's steps with MACE", "write_share_mace", "{:.3%}"),
     ("write of a segment, s", "write_seconds", "{:.3f}"),
     ("the same, CPU s", "write_cpu_seconds", "{:.3f}"),

@@ -62,6 +62,7 @@ def check_files(found: dict[str, Any]) -> None:
         *speeds,
         "write_seconds",
         "write_share_mace",
+        "consolidation_cpu_share",
         "random_times_ordered",
         "random_cpu_times_ordered",
     ):
