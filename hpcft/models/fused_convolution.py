@@ -73,19 +73,22 @@ class FusedTensorProduct(o3.TensorProduct):  # type: ignore[misc]  # e3nn has no
         y_sj = y_sj.index_copy(0, slots.place_e, harmonics)
         x_s = features.index_select(0, slots.senders_s)
         outputs: list[Tensor | None] = [None] * len(self.irreps_out)
-        offset = 0
-        for instruction, coupling in zip(self.instructions, self._couplings(features), strict=True):
-            channels = self.irreps_in1[instruction.i_in1].mul
+        # Not sliced: the gradient of each slice is an array of all columns, most of them zeros, and a force has two of each.
+        x_parts = torch.split(x_s, [mul_ir.dim for mul_ir in self.irreps_in1], 1)
+        y_parts = torch.split(y_sj, [mul_ir.dim for mul_ir in self.irreps_in2], 1)
+        weight_parts = torch.split(
+            weight_sw, [self.irreps_in1[path.i_in1].mul for path in self.instructions], 1
+        )
+        for path, coupling, weight_su in zip(
+            self.instructions, self._couplings(features), weight_parts, strict=True
+        ):
+            channels = self.irreps_in1[path.i_in1].mul
             d1, _, d3 = coupling.shape
-            x_sui = x_s[:, self.irreps_in1.slices()[instruction.i_in1]].reshape(-1, channels, d1)
-            left = weight_sw[:, offset : offset + channels, None] * x_sui
-            offset += channels
+            left = weight_su[:, :, None] * x_parts[path.i_in1].reshape(-1, channels, d1)
             left_nau = left.transpose(1, 2).reshape(num_atoms, most * d1, channels)
-            right = torch.einsum(
-                "sj,ijk->sik", y_sj[:, self.irreps_in2.slices()[instruction.i_in2]], coupling
-            )
+            right = torch.einsum("sj,ijk->sik", y_parts[path.i_in2], coupling)
             sums_nuk = torch.bmm(left_nau.transpose(1, 2), right.reshape(num_atoms, most * d1, d3))
-            outputs[instruction.i_out] = sums_nuk.reshape(num_atoms, channels * d3)
+            outputs[path.i_out] = sums_nuk.reshape(num_atoms, channels * d3)
         return torch.cat(cast(list[Tensor], outputs), 1)
 
     @staticmethod
