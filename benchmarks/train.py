@@ -19,7 +19,8 @@ metrics every step; hpcft lets the C library keep freed memory.
 
 ddp: a whole training on one process and on two (gloo) that share each batch. Structures per second by the clock, to which
 other work on the machine adds: on two cores that are not idle, the speed-up is a lower bound. By the processor's time of the
-slower rank it shows what sharing itself costs. `grad_rel_diff_2` is |g2 - g1| / |g1| of one batch of unequal shares.
+slower rank it shows what sharing itself costs. With batches of 4, and of 16. `grad_rel_diff_2` is |g2 - g1| / |g1| of one batch
+of unequal shares.
 
 checkpoint: the seconds of `Trainer.checkpoint` and `save_checkpoint`, which ends with fsync, as a share of an epoch's.
 
@@ -264,7 +265,7 @@ class Ranked(NamedTuple):
     gradient: NDArray[np.float64]
 
 
-def of_rank(folder: Path, size: Size, rank: Rank) -> Ranked:
+def of_rank(folder: Path, size: Size, batch_size: int, rank: Rank) -> Ranked:
     torch.set_num_threads(1)
     keep_freed_memory()
     here = folder / f"ranks-{rank.token}"
@@ -273,10 +274,12 @@ def of_rank(folder: Path, size: Size, rank: Rank) -> Ranked:
     with process_group(rank, here, torch.device("cpu"), timeout_s=120):
         gradient = gradient_of(Trainer(load_model(folder / "foundation.pt"), data, ONE_STEP, rank), here)
         marks: list[Mark] = []
-        trainer = Trainer(load_model(folder / "foundation.pt"), data, settings_of(size), rank)
+        trainer = Trainer(load_model(folder / "foundation.pt"), data, settings_of(size, batch_size), rank)
         trainer.run(here / "epochs", lambda row: marks.append(Mark.now()))
     return Ranked(between(marks), gradient)
 
+
+LARGER_BATCH = 4 * BATCH_SIZE
 
 # One structure more than usual, so that the ranks' shares are unequal.
 ONE_STEP = TrainingSettings(
@@ -284,9 +287,9 @@ ONE_STEP = TrainingSettings(
 )
 
 
-def settings_of(size: Size) -> TrainingSettings:
+def settings_of(size: Size, batch_size: int = BATCH_SIZE) -> TrainingSettings:
     return TrainingSettings(
-        size.epochs, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, weights=WEIGHTS, ema=EMA
+        size.epochs, batch_size=batch_size, learning_rate=LEARNING_RATE, weights=WEIGHTS, ema=EMA
     )
 
 
@@ -299,16 +302,26 @@ def gradient_of(trainer: Trainer, folder: Path) -> NDArray[np.float64]:
 
 
 def on_two_ranks(folder: Path, size: Size, progress: Callable[[str], None]) -> Found:
-    rows: list[dict[str, float]] = []
+    """Of the usual batches, and of larger ones, as the names say: what a step costs however small it is weighs less there."""
+    columns: dict[str, list[float]] = {}
     for number in range(size.repetitions):
-        (alone,), both = (
-            in_processes(of_rank, *((folder, size, Rank(r, n, r, token=f"{number}-{n}")) for r in range(n)))
-            for n in (1, 2)
-        )
-        rows.append(sped_up(alone, both, size.num_train))
-        progress(", ".join(f"{name} {value:.3g}" for name, value in rows[-1].items()))
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
-    found: Found = {"repetitions_ddp": rows, "grad_rel_diff_2": max(columns.pop("grad_rel_diff_2"))}
+        for suffix, batch_size in (("", BATCH_SIZE), (f"_batch_{LARGER_BATCH}", LARGER_BATCH)):
+            (alone,), both = (
+                in_processes(
+                    of_rank,
+                    *(
+                        (folder, size, batch_size, Rank(r, n, r, token=f"{number}-{n}{suffix}"))
+                        for r in range(n)
+                    ),
+                )
+                for n in (1, 2)
+            )
+            row = sped_up(alone, both, size.num_train)
+            progress(", ".join(f"{name}{suffix} {value:.3g}" for name, value in row.items()))
+            for name, value in row.items():
+                columns.setdefault(f"{name}{suffix}", []).append(value)
+    differences = [value for name in list(columns) if name.startswith("grad_") for value in columns.pop(name)]
+    found: Found = {"repetitions_ddp": columns, "grad_rel_diff_2": max(differences)}
     for name, values in columns.items():
         found |= spanned(name, values)
     return found
@@ -428,6 +441,8 @@ ALONE = (
     ("structures per s, 2 ranks", "structures_per_s_2", "{:.3g}"),
     ("2 ranks, times as fast", "ddp_speedup_2", "{:.2f}"),
     ("the same by CPU time of a rank", "ddp_cpu_speedup_2", "{:.2f}"),
+    (f"2 ranks, batches of {LARGER_BATCH}", f"ddp_speedup_2_batch_{LARGER_BATCH}", "{:.2f}"),
+    ("the same by CPU time of a rank", f"ddp_cpu_speedup_2_batch_{LARGER_BATCH}", "{:.2f}"),
     ("gradient of 2 ranks off by (largest)", "grad_rel_diff_2", "{:.1e}"),
     ("checkpoint, s", "checkpoint_seconds", "{:.3f}"),
     ("checkpoint by epoch", "checkpoint_share", "{:.2%}"),

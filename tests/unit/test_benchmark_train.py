@@ -86,5 +86,12 @@ def test_the_benchmark_trains_with_both_programs_and_on_two_ranks(tmp_path: Path
         assert found[f"epoch_cpu_seconds_{name}"] > 0
         assert found[f"peak_MiB_{name}"] > 100
         assert 0 < found[f"valid_force_mae_{name}"] < 1.5 * found["valid_force_mae_before"]
-    for name in ("epoch_ratio", "epoch_cpu_ratio", "ddp_speedup_2", "ddp_cpu_speedup_2", "checkpoint_share"):
+    for name in (
+        "epoch_ratio",
+        "epoch_cpu_ratio",
+        "ddp_speedup_2",
+        "ddp_cpu_speedup_2",
+        "ddp_speedup_2_batch_16",
+        "checkpoint_share",
+    ):
         assert found[name] > 0
