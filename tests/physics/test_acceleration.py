@@ -68,7 +68,7 @@ def test_there_and_back_it_is_the_same_model() -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
-@pytest.mark.parametrize("head", ["shared", "own"])
+@pytest.mark.parametrize("head", [pytest.param("shared", marks=pytest.mark.nightly), "own"])
 def test_training_with_it_ends_in_an_ordinary_model(tmp_path: Path, head: str) -> None:
     def train(kind: str) -> tuple[Any, list[dict[str, float]]]:
         model = small_mace()

@@ -69,8 +69,15 @@ def close(values: np.ndarray, expected: float, per_replica: np.ndarray, name: st
     )
 
 
-@pytest.mark.parametrize("barostat", ["isotropic", "full"])
-@pytest.mark.parametrize("thermostat", ["langevin", "svr"])
+@pytest.mark.parametrize(
+    ("barostat", "thermostat"),
+    [
+        ("isotropic", "langevin"),
+        ("full", "svr"),
+        pytest.param("isotropic", "svr", marks=pytest.mark.nightly),
+        pytest.param("full", "langevin", marks=pytest.mark.nightly),
+    ],
+)
 def test_volumes_and_shapes_have_the_isothermal_isobaric_distribution(barostat: Any, thermostat: Any) -> None:
     stiffness = 20.0  # eV: strains of a few per cent
     dynamics = Dynamics(

@@ -110,6 +110,7 @@ def trained(head: str, folder: Path) -> tuple[Any, list[dict[str, float]]]:
     return model, history
 
 
+@pytest.mark.nightly
 def test_contradicting_replay_data_do_no_harm_on_a_head_of_their_own(tmp_path: Path) -> None:
     names = set(small_mace().state_dict())
     shared, of_shared = trained("shared", tmp_path / "shared")

@@ -89,6 +89,7 @@ def test_it_learns_and_leaves_a_model_figures_and_a_table(folder: Path) -> None:
         pytest.param(
             (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python"),
             id="torchrun",
+            marks=pytest.mark.nightly,  # two ranks are in every run under srun, and as plain processes
         ),
         pytest.param(
             ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"),
