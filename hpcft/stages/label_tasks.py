@@ -145,7 +145,7 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
         "relaxations": relaxations,
         "frames_done": frames,
         **learnt,
-        "suspects": find_suspects(context),
+        "suspects": find_suspects(context, keep_tables=True),
     }
 
 

@@ -74,6 +74,11 @@ class StageFolder:
         return self.path / "product.json"
 
     @property
+    def label_table(self) -> Path:
+        """Of a finished label stage: what its labels are judged by beside those of later ones."""
+        return self.path / "label-table.h5"
+
+    @property
     def attempts(self) -> Path:
         return self.path / "attempts"
 
