@@ -31,9 +31,8 @@ def find_suspects(context: StageContext, *, keep_tables: bool = False) -> list[d
     for row, reason in suspects(labels).items():
         stage, round_ = places[int(np.searchsorted(firsts, row, "right")) - 1]
         if stage == context.stage:
-            step = int(labels.steps_s[row])
-            place = {"round": round_, "task": int(labels.shards_s[row]), "item": int(labels.items_s[row])}
-            place["step"] = None if step < 0 else step
+            task, item, step = (int(of[row]) for of in (labels.shards_s, labels.items_s, labels.steps_s))
+            place = {"round": round_, "task": task, "item": item, "step": None if step < 0 else step}
             found.append({**place, "key": labels.keys[row], "reason": reason})
     return found
 

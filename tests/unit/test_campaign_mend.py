@@ -95,6 +95,18 @@ def test_a_task_that_was_set_aside_comes_back_and_the_reason_is_kept(
     assert read_json(kept) == {"why": "it ran into its time limit"}
 
 
+def test_set_aside_is_a_cause_as_the_table_of_labels_shows_it(
+    folder: CampaignFolder, manager: Manager
+) -> None:
+    give_up(folder, manager, 0)
+    fail(folder, 1, 1, "error")
+    probe(folder).task(0).path.mkdir(parents=True)
+    write_json(probe(folder).task(0).aside, {"why": "it ran into its time limit"})
+    assert retry(folder, cause="set-aside").tasks == (0,)
+    with pytest.raises(UserError, match="no failed task of cause set-aside"):
+        retry(folder, cause="set-aside")
+
+
 def test_a_retry_of_another_stage_than_that_in_progress_names_rewind(
     folder: CampaignFolder, manager: Manager
 ) -> None:
