@@ -25,7 +25,7 @@ from hpcft.errors import UserError
 from hpcft.labelling.causes import Failure
 from hpcft.labelling.item import Kind, plain_structure
 from hpcft.labelling.journal import Entry, Listing, Record, list_journals
-from hpcft.labelling.label import EXTRA_SHAPES, Label, Relaxation
+from hpcft.labelling.label import EXTRA_SHAPES, Label, Relaxation, with_label
 from hpcft.labelling.label_table import LabelTable
 from hpcft.storage.atomic import read_json, write_bytes, write_json
 from hpcft.storage.seal import check_seal
@@ -187,18 +187,12 @@ def _read(path: Path, keys: Sequence[str], to_record: Callable[[Atoms], Record])
 def _labelled(record: Record, columns: frozenset[str]) -> Atoms:
     label = record.result
     assert isinstance(label, Label)
-    atoms = _structure(record, columns)
-    atoms.info = _bookkeeping(record) | {"REF_energy": label.energy, "energy_kind": label.energy_kind}
+    atoms = with_label(_structure(record, columns), label, extra=True)
+    atoms.info |= _bookkeeping(record) | {"energy_kind": label.energy_kind}
     if record.step is not None:
         atoms.info["step"] = record.step
     if "stress" in columns:
-        atoms.info["REF_stress"] = np.full(6, np.nan) if label.stress_6 is None else label.stress_6
-    atoms.set_array("REF_forces", label.forces_n3)
-    for name, values in label.extra.items():
-        if EXTRA_SHAPES[name] is not None:
-            atoms.info[f"REF_{name}"] = values
-        else:
-            atoms.set_array(f"REF_{name}", values)
+        atoms.info.setdefault("REF_stress", np.full(6, np.nan))
     return atoms
 
 
