@@ -257,7 +257,9 @@ def _publish_labels(folder: CampaignFolder, stage: StageFolder) -> None:
     from hpcft.stages.label_tasks import provenance_of, reference_with
 
     settings = settings_of(folder)
-    provenance = provenance_of(reference_with(settings, site_of(folder).mpi_launcher), settings)
+    provenance = provenance_of(
+        stage, settings, lambda: reference_with(settings, site_of(folder).mpi_launcher)
+    )
     for task in sorted(journals):
         finish_shard(task, provenance)
 

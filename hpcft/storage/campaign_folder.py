@@ -79,6 +79,11 @@ class StageFolder:
         return self.path / "label-table.h5"
 
     @property
+    def provenance(self) -> Path:
+        """Of a label stage that has begun: what its files of labels say of the reference."""
+        return self.path / "provenance.json"
+
+    @property
     def attempts(self) -> Path:
         return self.path / "attempts"
 

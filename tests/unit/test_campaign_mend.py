@@ -182,6 +182,27 @@ def test_labels_of_a_rewound_stage_still_say_of_which_reference_they_are(
     assert about == {**reference.provenance(), "campaign": "small"}
 
 
+def test_a_rewind_needs_none_of_the_files_that_the_reference_needs(
+    folder: CampaignFolder, manager: Manager, slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    finish(folder, 0, 1)
+    manager.step()
+    stage = folder.stage(0, "reference")
+    task = stage.task(0).path
+    task.mkdir(parents=True)
+    emt = Reference("ase.calculators.emt.EMT")
+    label_items([Item.single_point(bulk("Cu"))], emt, task)
+    write_json(stage.provenance, {"reference": "espresso", "campaign": "small"})
+    identity = folder.read_identity()
+    profile = {"command": "/nowhere/pw.x", "pseudo_dir": str(tmp_path / "gone")}
+    arguments = {"pseudopotentials": {"Cu": "Cu.upf"}, "profile": profile}
+    identity["config"]["reference"] |= {"calculator": "espresso", "arguments": arguments}
+    write_json(folder.identity, identity)
+    [moved] = rewind(folder, 0, "reference", manager.scheduler)
+    about = read_provenance(moved / task.relative_to(stage.path) / "labels.h5")
+    assert about == {"reference": "espresso", "campaign": "small"}
+
+
 def test_a_rewind_that_was_killed_half_way_is_completed_by_saying_it_again(
     folder: CampaignFolder, manager: Manager, slurm: FakeSlurm
 ) -> None:

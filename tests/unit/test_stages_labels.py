@@ -33,7 +33,7 @@ from hpcft.stages.quarantine import find_suspects
 from hpcft.stages.sharing import work_of
 from hpcft.storage.atomic import read_json, write_json
 from hpcft.storage.campaign_folder import CampaignFolder
-from hpcft.storage.structures import read_any, read_structures, write_structures
+from hpcft.storage.structures import read_any, read_provenance, read_structures, write_structures
 from hpcft.training.rank import Rank
 
 CONFIG: dict[str, Any] = {
@@ -147,6 +147,15 @@ def test_a_label_of_an_earlier_round_is_found_again_and_not_paid_for(folder: Cam
     assert [bool(atoms.info["found"]) for atoms in labels] == [False, True]
     first = read_structures(folder.stage(1, "label").task(0).path / "labels.h5")
     assert labels[1].info["REF_energy"] == first[0].info["REF_energy"]
+
+
+def test_a_stage_has_on_record_whose_its_labels_are_for_tasks_that_end_without_the_reference_s_files(
+    folder: CampaignFolder,
+) -> None:
+    here = label_stage(folder, [copper(1)])
+    said = read_provenance(here.here.task(0).path / "labels.h5")
+    assert said == {**reference_of(here).provenance(), "campaign": "small"}
+    assert read_json(here.here.provenance) == said
 
 
 TOLERANT = {"label": {"shards": 2, "tolerated_failures": 0.6}}
