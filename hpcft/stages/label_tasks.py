@@ -80,7 +80,8 @@ def relaxation_items(
 def run_shard(task: TaskContext, frames: Sequence[Item], relaxations: Sequence[Item] = ()) -> dict[str, Any]:
     """Label what is still missing of one shard: its frames and relaxations, each in the order of the payload's numbers.
 
-    A label found in this campaign's earlier rounds, or in the store that it shares with others, is not paid for again.
+    A label found in this campaign's earlier rounds, or in the store that it shares with others, is not paid for again, nor are
+    those on the way of a relaxation that had another criterion.
     """
     context = task.context
     of_kind = {"frames": frames, "relaxations": relaxations}
@@ -97,6 +98,7 @@ def run_shard(task: TaskContext, frames: Sequence[Item], relaxations: Sequence[I
         reference,
         task.path,
         known=known,
+        ways=_ways(context, items, reference, known) if relaxations else {},
         attempt=task.attempt,
         workers=context.settings.label.workers,
         ranks=context.settings.label.ranks_per_calculation,
@@ -129,6 +131,21 @@ def _known(context: StageContext, keys: Sequence[str]) -> dict[str, Record]:
     for store in stores_of(context.folder, context.settings):
         found |= store.find(set(keys) - found.keys())
     return found
+
+
+def _ways(
+    context: StageContext, items: Sequence[Item], reference: Reference, known: Mapping[str, Record]
+) -> dict[int, list[Record]]:
+    """What relaxations that began where these begin had on their way, by the number of the item."""
+    starts = {
+        index: item_key(Item.single_point(item.atoms), reference)
+        for index, item in enumerate(items)
+        if item.kind == "relaxation" and item_key(item, reference) not in known
+    }
+    found: dict[str, list[Record]] = {}
+    for store in stores_of(context.folder, context.settings):
+        found |= store.find_ways(set(starts.values()) - found.keys())
+    return {index: found[key] for index, key in starts.items() if key in found}
 
 
 def collect_shards(context: StageContext) -> dict[str, Any]:

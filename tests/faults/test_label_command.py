@@ -199,6 +199,32 @@ def test_a_relaxation_that_failed_in_a_finished_run_goes_on_from_its_last_step(b
     assert len(calls) == len(set(calls)) == len(read(base / "run" / "frames.extxyz", ":"))
 
 
+def test_a_relaxation_with_another_criterion_pays_only_for_the_steps_that_no_other_has_taken(
+    base: Path,
+) -> None:
+    structures = sizes(3)
+    del structures[1][0]
+    shared = {"label": {"store": str(base / "store")}}
+    paid = {}
+    for name, fmax, more in (
+        ("loose", 0.1, shared),
+        ("tight", 0.02, shared),
+        ("loose again", 0.11, shared),
+        ("alone", 0.02, {}),
+    ):
+        command = wish(base, structures, "calculators.CountingEMT", **more)[:-1]
+        before = len(lines_of(base / "calls")) if paid else 0
+        hpcft_to_end(*command, name, "--relax", "--fmax", fmax, "--shards", 2, cwd=base)
+        paid[name] = len(lines_of(base / "calls")) - before
+    assert 0 < paid["loose"] < paid["alone"]
+    assert paid["loose"] + paid["tight"] == paid["alone"]
+    assert paid["loose again"] == 0
+    for file in ("relaxed.extxyz", "frames.extxyz"):
+        assert (base / "tight" / file).read_text() == (base / "alone" / file).read_text()
+    assert len(read(base / "loose again" / "frames.extxyz", ":")) <= paid["loose"]
+    assert "all is well" in hpcft_to_end("verify", "tight", cwd=base)
+
+
 def test_other_settings_for_what_failed_in_a_finished_run_are_those_of_the_file_said_again(
     base: Path, metals: Metals
 ) -> None:
