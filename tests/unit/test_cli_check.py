@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from check_commands import GOOD, hpcft, program, recorded_programs, write_site
 
+from hpcft.campaign.create import open_or_create
 from hpcft.cli import preflight
 from hpcft.config.campaign import load_campaign
 from hpcft.config.site import Site, default_site, load_site
@@ -58,6 +59,21 @@ def test_every_problem_is_told_with_its_line_and_key_and_what_would_be_accepted(
     assert f"{place}.account: the user root may not use the account nope accepted: lab, root" in said
     assert f"{place}.gpus_per_rank: is 1, but no node in partition cpu has GPUs" in said
     assert said.endswith("2 errors ")
+
+
+def test_the_folder_of_a_campaign_is_checked_by_its_copies_of_the_inputs(slurm: Path, tmp_path: Path) -> None:
+    file = write_campaign(tmp_path / "inputs")
+    folder = open_or_create(load_campaign(file), file, tmp_path / "mine")
+    for path in (tmp_path / "inputs").iterdir():
+        path.unlink()
+    site = write_site(tmp_path, GOOD.replace("cpu", "nowhere"))
+    code, said, complaint = hpcft("check", "mine", "--site", site, path=slurm, cwd=tmp_path)
+    assert (code, complaint) == (2, "")
+    assert "campaign tiny: 2 rounds, 4 replicas, 62 atoms in all" in said
+    assert f"folder {folder.root}: room for" in said
+    assert f"error {site}:3: slurm.partition: there is no partition nowhere" in said
+    code, said, _ = hpcft("check", "mine", path=slurm, cwd=tmp_path)
+    assert (code, said.endswith("no problems found ")) == (0, True)
 
 
 def test_a_site_alone_can_be_checked_and_warnings_do_not_fail(slurm: Path, tmp_path: Path) -> None:
