@@ -10,6 +10,7 @@ Units: eV, Å, eV/Å³. Shape suffixes: s labels, n atoms of all of them, k elem
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -155,14 +156,14 @@ class LabelTable:
         """The same labels, said to be of that shard."""
         return replace(self, shards_s=np.full(len(self), number))
 
-    def as_json(self) -> dict[str, Any]:
-        """All but the keys, for a shard's record."""
-        return {name: getattr(self, name).tolist() for name in _COLUMNS}
+    def as_json(self) -> dict[str, str]:
+        """All but the keys, for a shard's record: each column in base64, for digits would take more memory than the labels."""
+        return {name: b64encode(getattr(self, name).astype(_TYPES[name])).decode() for name in _COLUMNS}
 
     @classmethod
-    def from_json(cls, keys: Sequence[str], columns: Mapping[str, Any]) -> LabelTable:
-        """What `as_json` gave; its numbers come back to the last bit."""
-        arrays = {name: np.array(columns[name], dtype=getattr(_NONE, name).dtype) for name in _COLUMNS}
+    def from_json(cls, keys: Sequence[str], columns: Mapping[str, str]) -> LabelTable:
+        """What `as_json` gave."""
+        arrays = {name: np.frombuffer(b64decode(columns[name]), dtype=_TYPES[name]) for name in _COLUMNS}
         arrays["counts_sk"] = arrays["counts_sk"].reshape(len(keys), len(arrays["numbers_k"]))
         return cls(list(keys), **arrays)
 
@@ -187,3 +188,4 @@ class LabelTable:
 _COLUMNS = tuple(field.name for field in fields(LabelTable) if field.name != "keys")
 _PER_LABEL = tuple(name for name in _COLUMNS if name.endswith("_s"))
 _NONE = LabelTable.of([], [])
+_TYPES = {name: np.dtype("<f8" if getattr(_NONE, name).dtype.kind == "f" else "<i8") for name in _COLUMNS}
