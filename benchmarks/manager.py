@@ -26,7 +26,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,9 +50,10 @@ from hpcft.labelling.shard import finish_shard
 from hpcft.labelling.store import LabelStore
 from hpcft.labelling.worker import label_items
 from hpcft.stages.context import StageContext
+from hpcft.stages.quarantine import find_suspects
 from hpcft.stages.registry import stage_named
 from hpcft.stages.sharing import numbers_of
-from hpcft.storage.atomic import write_json
+from hpcft.storage.atomic import read_json, write_json
 from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, stages_of
 from hpcft.storage.structures import read_structures, write_structures
 
@@ -238,9 +239,10 @@ class Round:
             where.path.mkdir(parents=True, exist_ok=True)
             for name in ("lock", "journal-0001.jsonl", "failures.json"):
                 (where.path / name).write_text("{}")
-            (where.path / "labels.h5").write_bytes(label_bytes(num_items))
+            labels, contents = labels_of_a_task(num_items)
+            (where.path / "labels.h5").write_bytes(labels)
             keys = [key_of(task * num_items + item) for item in range(num_items)]
-            (where.path / "shard.json").write_text(json.dumps({"labels": keys, "relaxations": []}))
+            (where.path / "shard.json").write_text(json.dumps({**contents, "labels": keys}, indent=1))
             where.run(1).write_text(mark)
             where.result.write_text(result)
             for suffix in ("log.out", "log.err", "result.pkl"):
@@ -248,13 +250,13 @@ class Round:
 
 
 @functools.lru_cache(maxsize=4)
-def label_bytes(num_items: int) -> bytes:
-    """The file of a task's labels of so many cells: every task's are the same, which is of no account here."""
+def labels_of_a_task(num_items: int) -> tuple[bytes, dict[str, Any]]:
+    """A task's labels.h5 and shard.json for so many cells: every task's are the same, which is of no account here."""
     items = [Item.single_point(atoms) for atoms in _rattled_copper(num_items)]
     with tempfile.TemporaryDirectory() as folder:
         label_items(items, Reference("ase.calculators.emt.EMT"), Path(folder))
-        finish_shard(Path(folder))
-        return (Path(folder) / "labels.h5").read_bytes()
+        shard = finish_shard(Path(folder))
+        return (Path(folder) / "labels.h5").read_bytes(), read_json(shard)
 
 
 def _rattled_copper(count: int) -> list[Atoms]:
@@ -332,6 +334,8 @@ def measure_collection(work: Round, num_items: int) -> dict[str, float]:
     context = StageContext(work.folder, campaign, 1, "label")
     found = {"collect_seconds": seconds(lambda: stage_named("label").collect(context))}
     write_json(work.stage.product, {**stage_named("label").collect(context), "tasks": len(context.plan())})
+    later = replace(context, round=2)  # with no labels of its own yet
+    found["judge_beside_1e6_seconds"] = seconds(lambda: find_suspects(later))
     return found | {"tidy_seconds": seconds(lambda: tidy(work.stage))}
 
 

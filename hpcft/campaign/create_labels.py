@@ -29,12 +29,17 @@ def open_or_create_labels(
 
 
 def _contents(run: LabelRun, source: Path) -> Contents:
+    return Contents(files={REFERENCE_COPY: source}, structures={"structures": _plain(read_suitable(run))})
+
+
+def read_suitable(run: LabelRun) -> list[Atoms]:
+    """The structures of a run; UserError for one that the reference does not know or that cannot be relaxed as wished."""
     structures = read_any(run.structures)
     check_reference(run.reference, {run.structures.name: structures})
     if run.relaxation is not None:
         for index, atoms in enumerate(structures):
             _check_relaxation(run, index, atoms)
-    return Contents(files={REFERENCE_COPY: source}, structures={"structures": _plain(structures)})
+    return structures
 
 
 def _check_relaxation(run: LabelRun, index: int, atoms: Atoms) -> None:

@@ -375,12 +375,15 @@ def write_marker(
 
 def reopen_failures(where: StageFolder, tasks: Iterable[int], cause: str | None = None) -> list[int]:
     """Run tasks that are done again for their failed items, of one cause or of any; returns which tasks."""
+    from hpcft.labelling.reopened import reopen_shard
+
     reopened = []
     for task in map(where.task, tasks):
         if not task.result.exists():
             continue
         causes = [c for c in read_json(task.result).get("causes", ()) if cause in (None, c)]
         if causes:
+            reopen_shard(task.path)  # of a finished run, whose journals are gone
             write_json(task.path / RETRY_FAILURES, {"causes": causes})
             task.result.rename(task.path / f"result-before-{time.time_ns()}.json")
             reopened.append(task.index)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from hpcft.campaign.manager import bring_back, reopen_failures, write_marker
 from hpcft.campaign.records import StageRecord, read_records
 from hpcft.campaign.scheduler import Scheduler
 from hpcft.campaign.settings import model_of, settings_of, site_of
+from hpcft.campaign.tidy import tidy, untidy
 from hpcft.config.fingerprint import PATIENCE_KEYS, fingerprint
 from hpcft.errors import SchedulerUnavailable, UserError
-from hpcft.storage.atomic import create_json_once, write_json
+from hpcft.storage.atomic import create_json_once, read_json, write_json
 from hpcft.storage.campaign_folder import CampaignFolder, StageFolder
 
 _CANCEL_WAIT_S = 120.0
@@ -42,12 +44,22 @@ def retry(
 ) -> Retried:
     """New attempts for tasks of the stage in progress that have failed or were set aside. The caller holds the lease.
 
-    `cause` is that of an attempt's end (hpcft.campaign.records.Cause) or of a failed label. Raises UserError when nothing
-    matches, or when the stage is finished.
+    `cause` is that of an attempt's end (hpcft.campaign.records.Cause), of a failed label, or set-aside. Labels alone, on which
+    nothing is built, may be finished: then they are in progress again. Raises UserError when nothing matches, or when the stage
+    is finished.
     """
     current = read_records(folder).current
+    if current is None and folder.kind == "label":
+        with _finished_no_more(folder):
+            return retry(folder, stage=stage, tasks=tasks, cause=cause)
     if current is None or (stage is not None and stage != current.name):
         raise UserError(_not_in_progress(folder, current, stage))
+    return _try_again(folder, current, tasks, cause)
+
+
+def _try_again(
+    folder: CampaignFolder, current: StageRecord, tasks: Sequence[int] | None, cause: str | None
+) -> Retried:
     where = folder.stage(current.round, current.name)
     chosen = [
         task
@@ -64,7 +76,29 @@ def retry(
     return Retried(current, tuple(chosen), tuple(reopened))
 
 
+@contextlib.contextmanager
+def _finished_no_more(folder: CampaignFolder) -> Iterator[None]:
+    """Labels alone are in progress again, with all that they had; finished as before if nothing is tried again."""
+    [place] = folder.places()
+    where = folder.stage(*place)
+    product = read_json(where.product)
+    if not product["failed"]:
+        raise UserError(
+            f"{folder.root} is finished and nothing in it has failed, so there is nothing to try again"
+        )
+    untidy(where)
+    where.product.unlink()
+    try:
+        yield
+    except UserError:
+        write_json(where.product, product)
+        tidy(where)
+        raise
+
+
 def _has_failed(stage: StageRecord, task: int, cause: str | None) -> bool:
+    if cause == "set-aside":
+        return task in stage.set_aside
     counted = [e for e in stage.endings.get(task, ()) if e.attempt > stage.counted_after(task)]
     return bool(counted) and (cause is None or counted[-1].cause == cause)
 
@@ -223,7 +257,9 @@ def _publish_labels(folder: CampaignFolder, stage: StageFolder) -> None:
     from hpcft.stages.label_tasks import provenance_of, reference_with
 
     settings = settings_of(folder)
-    provenance = provenance_of(reference_with(settings, site_of(folder).mpi_launcher), settings)
+    provenance = provenance_of(
+        stage, settings, lambda: reference_with(settings, site_of(folder).mpi_launcher)
+    )
     for task in sorted(journals):
         finish_shard(task, provenance)
 
@@ -238,8 +274,6 @@ def _register_labels(folder: CampaignFolder, moved: Path) -> None:
 
 def _forget_markers(folder: CampaignFolder, target: Path, stages: set[tuple[int, str]]) -> None:
     """Markers speak of attempts by number; the stage that begins anew counts from 1 again."""
-    from hpcft.storage.atomic import read_json
-
     for path in sorted(folder.resumes.glob("[0-9]*.json")):
         marker = read_json(path)
         if (marker["round"], marker["stage"]) in stages:

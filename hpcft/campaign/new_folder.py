@@ -69,7 +69,7 @@ def made_or_found(
 
 
 def _opened(folder: CampaignFolder, settings: Settings, source: Path) -> CampaignFolder:
-    _refuse_other_settings(folder, settings, source)
+    refuse_other_settings(folder, settings, source)
     refuse_shared(folder.root)
     identity = folder.read_identity()
     wanted = settings.model_dump(mode="json")
@@ -86,7 +86,8 @@ def _is_unfinished(folder: CampaignFolder) -> bool:
     return not names or ("leases" in names and names <= {"inputs", CAMPAIGN_COPY, REFERENCE_COPY, "leases"})
 
 
-def _refuse_other_settings(folder: CampaignFolder, settings: Settings, source: Path) -> None:
+def refuse_other_settings(folder: CampaignFolder, settings: Settings, source: Path) -> None:
+    """Raises UserError for settings that mean other work than what is in the folder."""
     identity = folder.read_identity()
     if identity["fingerprint"] == settings.fingerprint():
         return

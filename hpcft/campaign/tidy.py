@@ -1,14 +1,15 @@
-"""A finished stage is packed: its product, one line for each task, one archive of how it came about, and the data."""
+"""A finished stage is packed: its product, one line for each task, one archive of how it came about, the data. And unpacked."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpcft.storage.atomic import publish, read_json, reopening, temporary_beside, write_text
+from hpcft.storage.atomic import publish, read_json, reopening, temporary_beside, write_json, write_text
 from hpcft.storage.campaign_folder import StageFolder
 
 # All of it can be had again from what stays: labels are in the shards, the trained weights in the model.
@@ -28,6 +29,26 @@ def tidy(stage: StageFolder) -> None:
         _tidy_tasks(stage)
         _remove_tree(stage.outcomes)
         _remove_tree(stage.attempts)
+
+
+def untidy(stage: StageFolder) -> None:
+    """Attempts and outcomes of a packed stage as they were; its journals and checkpoints are gone.
+
+    As long as it has a product it counts as finished, and may be packed again by whoever comes along.
+    """
+    if not stage.results.exists():
+        return
+    results = stage.read_results()
+    for folder in (stage.outcomes, stage.attempts):
+        folder.mkdir(exist_ok=True)
+    if stage.history.exists():
+        with zipfile.ZipFile(stage.history) as archive:
+            archive.extractall(stage.path)
+        os.sync()  # ten thousand small files, before the archive goes
+    for task, result in results.items():
+        write_json(stage.task(task).result, result)
+    stage.results.unlink()
+    stage.history.unlink(missing_ok=True)
 
 
 def _tidy_tasks(stage: StageFolder) -> None:

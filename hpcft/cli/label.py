@@ -74,6 +74,10 @@ def label(
     ] = False,
     take_over: TakeOver = False,
     check: Check = True,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what would fail, as hpcft check does of a campaign."),
+    ] = False,
 ) -> None:
     """Label every structure of a file with a reference calculator; nothing that is finished is computed again.
 
@@ -90,6 +94,10 @@ def label(
         raise UserError(f"{structures} does not exist or is no file; check the name.")
     name = _name_of(structures)
     known = CampaignFolder((directory or Path("runs") / f"label-{name}").absolute())
+    if dry_run:
+        run = _settings(name, structures, reference, spread, relaxation if relax else None)
+        _look(run, known, site, reference)
+        return
     chosen = chosen_site(known, site)
     if leave:
         from hpcft.campaign.detached import require_slurm
@@ -112,6 +120,18 @@ def label(
         elif not drive(folder, chosen, take_over):
             return
     show_labels(folder)
+
+
+def _look(run: LabelRun, known: CampaignFolder, site_file: Path | None, reference: Path) -> None:
+    from hpcft.campaign.new_folder import refuse_other_settings
+    from hpcft.campaign.settings import site_of
+    from hpcft.cli.check import examine
+    from hpcft.config.site import load_site
+
+    if known.identity.exists():
+        refuse_other_settings(known, run, reference)
+    site = load_site(site_file) if site_file else site_of(known)
+    examine(site, run, known.root, {"site": site_file, "campaign": reference})
 
 
 def _settings(

@@ -44,16 +44,13 @@ def show_labels(folder: CampaignFolder) -> None:
 
 
 def _how_to_try_again(folder: CampaignFolder) -> str:
-    """A run that is finished in spite of failures has nothing in progress, so resume and retry would do nothing."""
+    """A run that is finished in spite of failures has nothing in progress, so that resume alone would do nothing."""
     where = short(folder.root)
     [(round_, stage)] = folder.places()
-    if folder.stage(round_, stage).product.exists():
-        return (
-            f"Try all that has failed again (what is done is found again, and not computed): "
-            f"hpcft rewind {where} --round {round_} --stage {stage} && hpcft resume {where}"
-        )
+    is_finished = folder.stage(round_, stage).product.exists()
+    everything = f"hpcft retry {where} && hpcft resume {where}" if is_finished else f"hpcft resume {where}"
     return (
-        f"Try all that has failed again: hpcft resume {where}\n"
+        f"Try all that has failed again: {everything}\n"
         f"Only some of it, or with other settings: hpcft retry {where} --cause CAUSE --set label.time_min=120, and resume"
     )
 

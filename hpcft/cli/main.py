@@ -8,7 +8,21 @@ import sys
 import typer
 
 from hpcft import __version__
-from hpcft.cli import archive, campaign, inspect, label, logs, md, mend, model, relax, site, store, train
+from hpcft.cli import (
+    archive,
+    campaign,
+    check,
+    inspect,
+    label,
+    logs,
+    md,
+    mend,
+    model,
+    relax,
+    site,
+    store,
+    train,
+)
 from hpcft.errors import CampaignStopped, LabelError, LeaseHeld, SchedulerUnavailable, UserError
 
 app = typer.Typer(
@@ -36,7 +50,7 @@ app.command("relax")(relax.relax)
 app.command("train", cls=train.ManyFiles)(train.train)
 app.command("archive")(archive.archive)
 app.command("verify")(archive.verify)
-app.command("check")(site.check)
+app.command("check")(check.check)
 app.add_typer(model.app, name="model")
 app.add_typer(site.app, name="site")
 app.add_typer(store.app, name="store")

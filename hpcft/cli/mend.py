@@ -55,7 +55,7 @@ def retry(
         typer.Option(
             "--cause",
             help="Only what ended so: error, time-limit, out-of-memory, node-failure, preempted, cancelled, failed, lost, "
-            "or the cause of a failed label, such as scf.",
+            "set-aside, or the cause of a failed label, such as scf.",
         ),
     ] = None,
     changes: Annotated[
@@ -65,7 +65,10 @@ def retry(
         ),
     ] = None,
 ) -> None:
-    """Give failed or set-aside tasks of the stage in progress new attempts; resume or submit then goes on."""
+    """Give failed or set-aside tasks of the stage in progress new attempts; resume or submit then goes on.
+
+    Of `hpcft label` also where it is finished: what has failed is tried again, what is labelled is kept.
+    """
     from hpcft.campaign.mend import change_settings
     from hpcft.campaign.mend import retry as retry_tasks
 

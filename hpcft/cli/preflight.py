@@ -12,7 +12,8 @@ from typing import Literal
 
 from hpcft.cluster.jobs import max_tasks, ranks_of
 from hpcft.cluster.problems import Problem
-from hpcft.config.campaign import STAGES, Campaign, StageName
+from hpcft.config.campaign import Campaign, StageName
+from hpcft.config.label_run import LabelRun
 from hpcft.config.settings import Settings
 from hpcft.config.site import Site, missing_executables
 from hpcft.errors import UserError
@@ -25,17 +26,20 @@ _BYTES_PER_TASK = 50_000
 _ARRAYS = 3  # positions, velocities or displacements, forces
 _BYTES_PER_ATOM_OF_A_TRAJECTORY = _ARRAYS * 3 * 4
 _BYTES_PER_ATOM_OF_A_LABEL = _ARRAYS * 3 * 8
+_BYTES_PER_ATOM_AS_TEXT = 130
+_STEPS_OF_A_RELAXATION = 25
 _MODELS_PER_ROUND = 5  # the model, and a checkpoint with averages and the optimiser's two moments
 _IMAGES = (".sif", ".sqsh", ".sqfs", ".img")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the estimate must know of the campaign's input files."""
+    """What the estimate must know of the input files."""
 
-    num_replicas: int
+    num_structures: int
+    """Replicas of a campaign; of labels alone what is labelled."""
     num_atoms: int
-    """Atoms of all replicas."""
+    """Atoms of all of them."""
     num_bytes: int
     """Size of all input files."""
     model_bytes: int
@@ -53,67 +57,86 @@ class Estimate:
     gpu_hours: float
 
 
-def read_inputs(campaign: Campaign) -> Inputs:
-    """UserError for a file that cannot be read."""
+def read_inputs(settings: Settings, folder: CampaignFolder | None = None) -> Inputs:
+    """UserError for a file that cannot be read. Of a folder that has begun it is the copies that count."""
     from hpcft.storage.structures import read_any  # ASE, which takes its time
 
-    structures = read_any(campaign.structures)
-    relaxations = [path for path in (campaign.relaxations.train, campaign.relaxations.test) if path]
-    labelled = [*structures, *(atoms for path in relaxations for atoms in read_any(path))]
-    sizes = {path: path.stat().st_size for path in set(campaign.files().values())}
+    paths = settings.structure_files()
+    models = [settings.foundation] if isinstance(settings, Campaign) else []
+    if folder is not None:
+        paths = {name: folder.inputs / f"{name}.h5" for name in paths}
+        models = [folder.inputs / str(folder.read_identity()["foundation_file"]) for _ in models]
+    structures = read_any(paths["structures"])
+    others = [path for name, path in paths.items() if name.startswith("relaxations")]
+    labelled = [*structures, *(atoms for path in others for atoms in read_any(path))]
+    model_bytes = sum(path.stat().st_size for path in models)
     return Inputs(
-        num_replicas=len(structures),
+        num_structures=len(structures),
         num_atoms=sum(len(atoms) for atoms in structures),
-        num_bytes=sum(sizes.values()),
-        model_bytes=sizes[campaign.foundation],
+        num_bytes=sum(path.stat().st_size for path in set(paths.values())) + model_bytes,
+        model_bytes=model_bytes,
         symbols=tuple(sorted({symbol for atoms in labelled for symbol in atoms.symbols})),
     )
 
 
-def num_tasks(campaign: Campaign, stage: StageName, inputs: Inputs | None) -> int:
-    """Tasks of the stage in one round; no more than there are replicas to share out."""
-    tasks = max_tasks(campaign, stage) or 1
-    return min(tasks, inputs.num_replicas) if inputs and stage in ("explore", "probe") else tasks
+def num_tasks(settings: Settings, stage: StageName, inputs: Inputs | None) -> int:
+    """Tasks of the stage in one round; no more than there are structures to share out."""
+    tasks = max_tasks(settings, stage) or 1
+    is_bounded = stage in ("explore", "probe") or settings.kind == "label"
+    return min(tasks, inputs.num_structures) if inputs and is_bounded else tasks
 
 
-def estimate(campaign: Campaign, site: Site, inputs: Inputs) -> Estimate:
-    """Files and bytes of a whole campaign, and the hours of its tasks if each takes all of its time limit, once."""
-    tasks = {stage: num_tasks(campaign, stage, inputs) for stage in STAGES}
-    rounds = range(campaign.rounds + 1)
-    times = {stage: sum(stage in stages_of(round_) for round_ in rounds) for stage in STAGES}
-    total = sum(tasks[stage] * times[stage] for stage in STAGES)
+def estimate(settings: Settings, site: Site, inputs: Inputs) -> Estimate:
+    """Files and bytes of all that is done, and the hours of its tasks if each takes all of its time limit, once."""
+    tasks = {stage: num_tasks(settings, stage, inputs) for stage in settings.stages}
+    rounds = range(settings.rounds + 1)
+    times = {stage: sum(stage in stages_of(round_, settings.kind) for round_ in rounds) for stage in tasks}
+    total = sum(tasks[stage] * times[stage] for stage in tasks)
     files = _FILES_PER_CAMPAIGN + _FILES_PER_STAGE * sum(times.values()) + _FILES_PER_TASK * total
     files += _FILES_PER_RUNNING_TASK * max(tasks.values())
     core_min = gpu_min = 0
-    for stage in STAGES:
-        wish, ranks = campaign.resources_for(stage), ranks_of(campaign, stage)
+    for stage in tasks:
+        wish, ranks = settings.resources_for(stage), ranks_of(settings, stage)
         rank_min = wish.time_min * tasks[stage] * times[stage] * ranks
         core_min += rank_min * wish.cpus_per_rank
         gpu_min += rank_min * (site.slurm_for(stage).gpus_per_rank if site.executor == "slurm" else 0)
+    written = (
+        _bytes(settings, inputs) if isinstance(settings, Campaign) else _bytes_of_labels(settings, inputs)
+    )
     return Estimate(
         num_files=files,
-        num_bytes=_bytes(campaign, inputs) + _BYTES_PER_TASK * total,
+        num_bytes=written + _BYTES_PER_TASK * total,
         core_hours=core_min / 60,
         gpu_hours=gpu_min / 60,
     )
 
 
 def _bytes(campaign: Campaign, inputs: Inputs) -> int:
-    rounds, atoms_of_a_frame = campaign.rounds, inputs.num_atoms / max(1, inputs.num_replicas)
+    rounds, atoms_of_a_frame = campaign.rounds, inputs.num_atoms / max(1, inputs.num_structures)
     explored = inputs.num_atoms * campaign.explore.num_frames * rounds * _BYTES_PER_ATOM_OF_A_TRAJECTORY
     probed = inputs.num_atoms * campaign.probe.frames * (rounds + 1) * _BYTES_PER_ATOM_OF_A_TRAJECTORY
     # A frame stands in the selection or beside the probe, and with its label.
-    labelled = campaign.select.frames * rounds + campaign.probe.frames * inputs.num_replicas * (rounds + 1)
+    labelled = campaign.select.frames * rounds + campaign.probe.frames * inputs.num_structures * (rounds + 1)
     labels = 2 * labelled * atoms_of_a_frame * _BYTES_PER_ATOM_OF_A_LABEL
     models = _MODELS_PER_ROUND * inputs.model_bytes * rounds
     return int(explored + probed + labels + models + inputs.num_bytes)
 
 
+def _bytes_of_labels(settings: Settings, inputs: Inputs) -> int:
+    """A label stands in a journal while its task is at work, in HDF5, and in a file for people."""
+    frames = _STEPS_OF_A_RELAXATION if isinstance(settings, LabelRun) and settings.relaxation else 1
+    return (
+        inputs.num_atoms * frames * (_BYTES_PER_ATOM_OF_A_LABEL + 2 * _BYTES_PER_ATOM_AS_TEXT)
+        + inputs.num_bytes
+    )
+
+
 def machine_problems(
-    site: Site, campaign: Campaign | None, which: Callable[[str], str | None] = shutil.which
+    site: Site, settings: Settings | None, which: Callable[[str], str | None] = shutil.which
 ) -> list[Problem]:
     """What this machine lacks for the site, and time limits that contradict each other."""
-    return [*_programs(site, which), *_cpu_limit(site), *(_of_campaign(campaign) if campaign else ())]
+    found = [*_programs(site, which), *_cpu_limit(site)]
+    return [*found, *_time_limits(settings), *_shared_store(settings)] if settings else found
 
 
 def reference_problems(
@@ -126,8 +149,11 @@ def reference_problems(
     from hpcft.labelling.presets import launcher
     from hpcft.labelling.requirements import lacks, scratch_lacks
 
-    mpi = launcher(site.mpi_launcher, settings.label.ranks_per_calculation)
+    ranks = settings.label.ranks_per_calculation
+    mpi = launcher(site.mpi_launcher, ranks)
     is_local = site.executor == "local"
+    # In a job even a single rank may not start without it: Open MPI looks for Slurm's PMI.
+    needs_mpi = ranks > 1 or not is_local
     found = [
         Problem(
             "campaign",
@@ -136,7 +162,9 @@ def reference_problems(
             lack.accepted,
             "warning" if site.python or (lack.may_come_later and not is_local) else "error",
         )
-        for lack in lacks(settings.reference, inputs.symbols if inputs else (), mpi, which)
+        for lack in lacks(
+            settings.reference, inputs.symbols if inputs else (), mpi, which, needs_mpi=needs_mpi
+        )
     ]
     # The nodes of a cluster have scratch of their own.
     severity: Literal["error", "warning"] = "error" if is_local else "warning"
@@ -172,13 +200,21 @@ def _cpu_limit(site: Site) -> Iterator[Problem]:
         yield Problem("machine", "ulimit", what, "a machine without that limit", "warning")
 
 
-def _of_campaign(campaign: Campaign) -> Iterator[Problem]:
-    yield from _time_limits(campaign)
-    yield from _shared_store(campaign)
+def structure_problems(settings: Settings) -> list[Problem]:
+    """The first structure of labels alone that the reference cannot do, or that cannot be relaxed as wished."""
+    from hpcft.campaign.create_labels import read_suitable
+
+    if not isinstance(settings, LabelRun):
+        return []
+    try:
+        read_suitable(settings)
+    except UserError as refusal:
+        return [Problem("machine", str(settings.structures), str(refusal))]
+    return []
 
 
-def _shared_store(campaign: Campaign) -> Iterator[Problem]:
-    store = campaign.label.store
+def _shared_store(settings: Settings) -> Iterator[Problem]:
+    store = settings.label.store
     if store is None:
         return
     nearest = next(path for path in (store, *store.parents) if path.exists())
@@ -187,8 +223,8 @@ def _shared_store(campaign: Campaign) -> Iterator[Problem]:
         yield Problem("campaign", "label.store", what, "a folder that you can write")
 
 
-def _time_limits(campaign: Campaign) -> Iterator[Problem]:
-    calculation_s, task_min = campaign.reference.time_limit_s, campaign.label.resources.time_min
+def _time_limits(settings: Settings) -> Iterator[Problem]:
+    calculation_s, task_min = settings.reference.time_limit_s, settings.label.resources.time_min
     if calculation_s > 60 * task_min:
         what = f"lets one calculation take {calculation_s:g} s, but its task ends after {task_min} min"
         accepted = f"at most {60 * task_min}, or more label.resources.time_min"

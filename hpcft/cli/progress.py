@@ -65,7 +65,7 @@ class Progress:
                     f"had not been recorded ({action.elements[0].split('_')[0]}); they are ours"
                 )
             if isinstance(action, RecordEndings):
-                self._ended(action)
+                self._ended(action, turn)
             if isinstance(action, SetAside):
                 for task, why in sorted(action.why.items()):
                     self._print(f"round {action.round} {action.stage}: task {task} is set aside: {why}")
@@ -79,13 +79,17 @@ class Progress:
         if self._status is not None:
             self._status.update(f"{line} · {time.monotonic() - self._stage_started:.0f} s")
 
-    def _ended(self, action: RecordEndings) -> None:
-        for task, ending in sorted(action.endings.items())[:10]:
+    def _ended(self, action: RecordEndings, turn: Turn) -> None:
+        stage = turn.records.current
+        again = {} if stage is None else stage.retried_after
+        # An attempt whose result a retry has put away did end with one.
+        endings = [(t, e) for t, e in sorted(action.endings.items()) if e.attempt > again.get(t, 0)]
+        for task, ending in endings[:10]:
             self._print(
                 f"round {action.round} {action.stage}: task {task}, attempt {ending.attempt}: {describe(ending)}"
             )
-        if len(action.endings) > 10:
-            self._print(f"round {action.round} {action.stage}: and {len(action.endings) - 10} more tasks")
+        if len(endings) > 10:
+            self._print(f"round {action.round} {action.stage}: and {len(endings) - 10} more tasks")
 
     def _show_silence(self, is_silent: bool, why: str) -> None:
         if is_silent and not self._silent:

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -32,6 +32,12 @@ class Frame:
 
     atoms: Atoms
     label: Label
+    found: bool = False
+    """Whether it is known from the way of another relaxation, and this one has yet to come by it."""
+
+    def on_this_way(self) -> Frame:
+        """The same once it has."""
+        return replace(self, found=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +83,7 @@ def become_child(output: int) -> None:
 
 def serve(connection: Connection, reference: Reference) -> None:
     """Answer (item, known frames, directory) with an Answer or a Refusal, after a Frame for each calculation of a
-    relaxation and a None for each try that failed before.
+    relaxation, or for a found one that takes its place, and a None for each try that failed before.
     """
     home = Path.cwd()
     while True:
@@ -139,11 +145,11 @@ def _compute_once(
         return compute_label(atoms, calculator, properties=reference.properties, energy=reference.energy)
 
     def frame_of(atoms: Atoms) -> Label:
-        for frame in known:
-            if _is_there(frame.atoms, atoms):
-                return frame.label
-        frame = Frame(plain_structure(atoms), label_of(atoms))
-        known.append(frame)
+        there = next((frame for frame in known if _is_there(frame.atoms, atoms)), None)
+        if there is not None and not there.found:
+            return there.label
+        frame = there or Frame(plain_structure(atoms), label_of(atoms))
+        known.insert(0, frame.on_this_way())
         connection.send(frame)
         return frame.label
 

@@ -13,7 +13,7 @@ from ase import Atoms
 from hpcft.errors import UserError
 from hpcft.labelling.item import Item, item_key
 from hpcft.labelling.journal import Record
-from hpcft.labelling.label import EXTRA_SHAPES, Label
+from hpcft.labelling.label import Label, with_label
 from hpcft.labelling.reference import Reference
 from hpcft.labelling.shard import (
     FRAMES_FILE,
@@ -74,18 +74,6 @@ def labelled_structures(store: LabelStore, reference: Reference | None = None) -
                     "must not be mixed; say of which one by --reference."
                 )
             yield _structure(record, record.result, about)
-
-
-def with_label(atoms: Atoms, label: Label, *, extra: bool = False) -> Atoms:
-    """A copy that holds the label as MACE reads it: REF_energy, REF_forces, REF_stress; with `extra` also what else it has."""
-    labelled = atoms.copy()
-    labelled.info["REF_energy"] = label.energy
-    labelled.set_array("REF_forces", label.forces_n3)
-    if label.stress_6 is not None:
-        labelled.info["REF_stress"] = label.stress_6
-    for name, values in label.extra.items() if extra else ():
-        (labelled.arrays if EXTRA_SHAPES[name] is None else labelled.info)[f"REF_{name}"] = values
-    return labelled
 
 
 def _structure(record: Record, label: Label, about: dict[str, Any]) -> Atoms:

@@ -25,6 +25,7 @@ from ase import Atoms
 from hpcft.labelling.causes import Failure, Try
 from hpcft.labelling.item import Kind
 from hpcft.labelling.label import Label, Relaxation
+from hpcft.storage.atomic import sync_folder
 
 _LONG_OUTPUT = 1000
 _BLOCK_BYTES = 1 << 20
@@ -112,7 +113,7 @@ class Journal:
         try:
             self._cut_torn_line()
             os.fsync(self._file)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except BaseException:
             self.close()
             raise
@@ -330,11 +331,3 @@ def _structure_from_json(structure: Mapping[str, Any]) -> Atoms:
     for name in structure.keys() - _ALWAYS:
         atoms.set_array(name, np.array(structure[name], dtype=np.float64))
     return atoms
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

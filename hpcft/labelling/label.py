@@ -68,6 +68,18 @@ class Relaxation:
     max_force: float
 
 
+def with_label(atoms: Atoms, label: Label, *, extra: bool = False) -> Atoms:
+    """A copy that holds the label as MACE reads it: REF_energy, REF_forces, REF_stress; with `extra` also what else it has."""
+    labelled = atoms.copy()
+    labelled.info["REF_energy"] = label.energy
+    labelled.set_array("REF_forces", label.forces_n3)
+    if label.stress_6 is not None:
+        labelled.info["REF_stress"] = label.stress_6
+    for name, values in label.extra.items() if extra else ():
+        (labelled.arrays if EXTRA_SHAPES[name] is None else labelled.info)[f"REF_{name}"] = values
+    return labelled
+
+
 def compute_label(
     atoms: Atoms,
     calculator: Any,

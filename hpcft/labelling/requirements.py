@@ -46,17 +46,25 @@ class Lack:
 
 
 def lacks(
-    config: ReferenceConfig, symbols: Collection[str], mpi: str = "", which: Which = shutil.which
+    config: ReferenceConfig,
+    symbols: Collection[str],
+    mpi: str = "",
+    which: Which = shutil.which,
+    *,
+    needs_mpi: bool = True,
 ) -> list[Lack]:
     """Everything that stands in the way of labels for structures of the elements `symbols`, on this machine.
 
-    `mpi` is what {mpi} in the command stands for. Nothing is started.
+    `mpi` is what {mpi} in the command stands for; `needs_mpi` says that a program started without it has not what it needs.
+    Nothing is started.
     """
     with _environment(config.environment):
-        return list(_lacks(config, symbols, mpi, which))
+        return list(_lacks(config, symbols, mpi, which, needs_mpi))
 
 
-def _lacks(config: ReferenceConfig, symbols: Collection[str], mpi: str, which: Which) -> Iterator[Lack]:
+def _lacks(
+    config: ReferenceConfig, symbols: Collection[str], mpi: str, which: Which, needs_mpi: bool
+) -> Iterator[Lack]:
     path = PRESETS[config.calculator].calculator if config.calculator in PRESETS else config.calculator
     try:
         resolve(path)
@@ -71,7 +79,7 @@ def _lacks(config: ReferenceConfig, symbols: Collection[str], mpi: str, which: W
         is_in_arguments = config.calculator not in PRESETS and config.command is None
         yield Lack("arguments" if is_in_arguments else "command", str(mistake))
         return
-    yield from _programs(config, words, mpi, which)
+    yield from _programs(config, words, mpi if needs_mpi else "", which)
     try:
         reference = reference_from(config, mpi)
         check_arguments(reference)

@@ -76,7 +76,8 @@ def _disagreeing(labels: LabelTable) -> Iterator[tuple[int, str]]:
     """All labels of a structure that has different ones: which of them is right, nobody knows."""
     if not len(labels):
         return
-    groups_s = np.unique(np.array(labels.keys, dtype=str), return_inverse=True)[1].reshape(-1)
+    groups: dict[str, int] = {}
+    groups_s = np.array([groups.setdefault(key, len(groups)) for key in labels.keys])
     order = np.argsort(groups_s, kind="stable")
     starts = np.flatnonzero(np.diff(groups_s[order], prepend=-1))
     ends = np.append(starts[1:], len(order))

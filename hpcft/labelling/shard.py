@@ -6,13 +6,14 @@ REF_forces; where they were asked for, arrays REF_magmoms and REF_charges and in
 structures with info energy_start, energy_relaxed, num_steps, max_force and the same bookkeeping; arrays
 relaxed_positions (not wrapped), info relaxed_cell. `relaxation-frames.h5`: the labels on the way of the relaxations, also of
 those that failed, as in labels.h5, with the relaxation's index and the step. `failed-outputs.gz`: what the calculations printed
-that failed. A file is absent while it would be empty. `shard.json` lists the keys, row by row.
+that failed. A file is absent while it would be empty. `shard.json` lists the keys, row by row, and under `tables` what
+the labels are judged by, so that whoever holds those of ten thousand shards against each other opens none of the other files.
 """
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from hpcft.errors import UserError
 from hpcft.labelling.causes import Failure
 from hpcft.labelling.item import Kind, plain_structure
 from hpcft.labelling.journal import Entry, Listing, Record, list_journals
-from hpcft.labelling.label import EXTRA_SHAPES, Label, Relaxation
+from hpcft.labelling.label import EXTRA_SHAPES, Label, Relaxation, with_label
+from hpcft.labelling.label_table import LabelTable
 from hpcft.storage.atomic import read_json, write_bytes, write_json
 from hpcft.storage.seal import check_seal
 from hpcft.storage.structures import read_structures, write_structures_in_blocks
@@ -55,9 +57,11 @@ def finish_shard(folder: Path, attributes: Mapping[str, Any] | None = None) -> P
     labels = [entry for entry in done if entry.kind == "single-point"]
     relaxations = [entry for entry in done if entry.kind == "relaxation"]
     frames = [entry for of in listing.frames.values() for entry in of]
-    _write(folder / LABELS_FILE, labels, _labelled, attributes)
+    tables = {
+        "labels": _write_labels(folder / LABELS_FILE, labels, attributes),
+        "frames": _write_labels(folder / FRAMES_FILE, frames, attributes),
+    }
     _write(folder / RELAXATIONS_FILE, relaxations, _relaxed, attributes)
-    _write(folder / FRAMES_FILE, frames, _labelled, attributes)
     failures = [entry.read() for entry in listing.items.values() if not entry.done]
     write_json(folder / FAILURES_FILE, [_failed(record) for record in failures])
     if failures:
@@ -70,9 +74,20 @@ def finish_shard(folder: Path, attributes: Mapping[str, Any] | None = None) -> P
         "relaxations": [entry.key for entry in relaxations],
         "frames": [entry.key for entry in frames],
         "num_failures": len(failures),
+        "tables": {kind: table.as_json() for kind, table in tables.items()},
     }
     write_json(folder / SHARD_FILE, contents)
     return folder / SHARD_FILE
+
+
+def _write_labels(path: Path, entries: Sequence[Entry], attributes: Mapping[str, Any] | None) -> LabelTable:
+    tables: list[LabelTable] = []
+
+    def note(block: Sequence[Atoms]) -> None:
+        tables.append(LabelTable.of([atoms.info["key"] for atoms in block], block))
+
+    _write(path, entries, _labelled, attributes, note)
+    return LabelTable.joined(tables)
 
 
 def _write(
@@ -80,16 +95,20 @@ def _write(
     entries: Sequence[Entry],
     as_row: Callable[[Record, frozenset[str]], Atoms],
     attributes: Mapping[str, Any] | None,
+    note: Callable[[Sequence[Atoms]], None] = lambda block: None,
 ) -> None:
-    """The rows of a file, no more than a block of them in memory."""
+    """The rows of a file, no more than a block of them in memory, which `note` sees."""
     if not entries:
         return
     columns = frozenset[str]().union(*{entry.columns for entry in entries})
-    blocks = (
-        [as_row(entry.read(), columns) for entry in entries[first : first + _BLOCK]]
-        for first in range(0, len(entries), _BLOCK)
-    )
-    write_structures_in_blocks(path, blocks, len(entries), attributes)
+
+    def blocks() -> Iterator[Sequence[Atoms]]:
+        for first in range(0, len(entries), _BLOCK):
+            block = [as_row(entry.read(), columns) for entry in entries[first : first + _BLOCK]]
+            note(block)
+            yield block
+
+    write_structures_in_blocks(path, blocks(), len(entries), attributes)
 
 
 def _refuse_to_forget(folder: Path, listing: Listing) -> None:
@@ -117,6 +136,21 @@ def read_frames(folder: Path) -> list[Record]:
     """The labels on the way of a published shard's relaxations, by item index and step."""
     keys = read_json(folder / SHARD_FILE).get("frames", [])
     return _read(folder / FRAMES_FILE, keys, _label_record)
+
+
+def read_table(folder: Path) -> LabelTable:
+    """What all labels of a published shard are judged by, those on the way of its relaxations last."""
+    contents = read_json(folder / SHARD_FILE)
+    tables = []
+    for kind, name in (("labels", LABELS_FILE), ("frames", FRAMES_FILE)):
+        keys = contents.get(kind)
+        if not keys:
+            continue
+        if (columns := contents.get("tables", {}).get(kind)) is not None:
+            tables.append(LabelTable.from_json(keys, columns))
+        else:  # a shard of before there were tables
+            tables.append(LabelTable.read(folder / name))
+    return tables[0] if len(tables) == 1 else LabelTable.joined(tables)
 
 
 def read_records(folder: Path, keys: Collection[str]) -> list[Record]:
@@ -153,18 +187,12 @@ def _read(path: Path, keys: Sequence[str], to_record: Callable[[Atoms], Record])
 def _labelled(record: Record, columns: frozenset[str]) -> Atoms:
     label = record.result
     assert isinstance(label, Label)
-    atoms = _structure(record, columns)
-    atoms.info = _bookkeeping(record) | {"REF_energy": label.energy, "energy_kind": label.energy_kind}
+    atoms = with_label(_structure(record, columns), label, extra=True)
+    atoms.info |= _bookkeeping(record) | {"energy_kind": label.energy_kind}
     if record.step is not None:
         atoms.info["step"] = record.step
     if "stress" in columns:
-        atoms.info["REF_stress"] = np.full(6, np.nan) if label.stress_6 is None else label.stress_6
-    atoms.set_array("REF_forces", label.forces_n3)
-    for name, values in label.extra.items():
-        if EXTRA_SHAPES[name] is not None:
-            atoms.info[f"REF_{name}"] = values
-        else:
-            atoms.set_array(f"REF_{name}", values)
+        atoms.info.setdefault("REF_stress", np.full(6, np.nan))
     return atoms
 
 

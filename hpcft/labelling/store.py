@@ -21,7 +21,7 @@ import numpy as np
 from hpcft.errors import UserError
 from hpcft.labelling.journal import Record
 from hpcft.labelling.label_index import Place, WantedKeys, listed, look_up, write_index
-from hpcft.labelling.shard import SHARD_FILE, read_records
+from hpcft.labelling.shard import SHARD_FILE, read_frames, read_records
 from hpcft.storage.atomic import read_json
 from hpcft.storage.tree import Array
 
@@ -75,11 +75,27 @@ class LabelStore:
             if not of_shard:
                 break
             for shard, wanted in of_shard.items():
-                here = {record.key: replace(record, step=None) for record in self._read(shard, wanted)}
+                here = {
+                    record.key: replace(record, step=None)
+                    for record in self._read(shard, partial(read_records, keys=wanted))
+                }
                 found |= here
                 if len(here) < len(wanted):
                     unreadable.add(shard)
             missing -= found.keys()
+        return found
+
+    def find_ways(self, keys: Iterable[str]) -> dict[str, list[Record]]:
+        """The labels on the way of relaxations, in order, by the key of the label that they began with: the longest of each."""
+        wanted, read = set(keys), set[Path]()
+        found: dict[str, list[Record]] = {}
+        while shards := set(self.locate(wanted, read).values()):
+            for shard in shards:
+                for way in self._ways(shard):
+                    first = way[0].key
+                    if first in wanted and len(way) > len(found.get(first, ())):
+                        found[first] = way
+            read |= shards
         return found
 
     def locate(self, keys: Iterable[str], passed_over: Collection[Path] = ()) -> dict[str, Path]:
@@ -149,9 +165,15 @@ class LabelStore:
             )
         return found
 
-    def _read(self, shard: Path, keys: Collection[str]) -> list[Record]:
+    def _ways(self, shard: Path) -> list[list[Record]]:
+        ways: dict[int, list[Record]] = defaultdict(list)
+        for record in self._read(shard, read_frames):
+            ways[record.index].append(record)
+        return list(ways.values())
+
+    def _read(self, shard: Path, read: Callable[[Path], list[Record]]) -> list[Record]:
         try:
-            return read_records(shard, keys)
+            return read(shard)
         except UserError as error:
             log.warning(
                 "a shard of the label store %s cannot be read, so its labels count as unknown: %s",

@@ -191,7 +191,7 @@ class Supervisor:
             if isinstance(message, Answer | Refusal):
                 return message
             if isinstance(message, Frame):
-                frames.append(message)
+                frames.insert(0, message.on_this_way())
                 self._worker.send(message)
             deadline = time.monotonic() + limit_s  # one calculation of several is finished
         message = f"one calculation exceeded its limit of {limit_s:g} s and was killed"

@@ -41,6 +41,7 @@ def label_items(
     folder: Path,
     *,
     known: Mapping[str, Record] | None = None,
+    ways: Mapping[int, Sequence[Record]] | None = None,
     attempt: int = 0,
     workers: int = 1,
     ranks: int = 1,
@@ -53,8 +54,9 @@ def label_items(
 
     Items that an earlier attempt finished are left alone, except failures whose cause is in `retry_causes`; a relaxation
     goes on from the last frame that one of them reached. Results in `known` (by key, from a LabelStore) and results of
-    equal items are taken over instead of computed. `on_progress` gets each record once it is durable; whatever it raises
-    ends the run, and the next one goes on from there.
+    equal items are taken over instead of computed, and so are the labels in `ways` (by item index) wherever a relaxation comes
+    by them: those of one that began at the same structure and had another criterion. `on_progress` gets each record once it is
+    durable; whatever it raises ends the run, and the next one goes on from there.
 
     `workers` items are computed side by side, in the order given, each with its share of the task's `cores` (default: all
     that this process may use); a calculation has `ranks` MPI ranks, among which it divides that share. No two processes may
@@ -69,7 +71,7 @@ def label_items(
     listing = list_journals(folder)
     _check_same_items(listing, keys, folder, reference)
     with Journal(journal_path(folder, attempt)) as journal:
-        shard = _Shard(items, keys, reference, listing, journal, attempt, on_progress)
+        shard = _Shard(items, keys, reference, listing, journal, attempt, on_progress, ways or {})
         num_found = shard.take_over(known or {}, retry_causes)
         if shard.waiting:
             calculators = [
@@ -148,7 +150,9 @@ class _Shard:
         journal: Journal,
         attempt: int,
         on_progress: Callable[[Record], None] | None,
+        ways: Mapping[int, Sequence[Record]],
     ) -> None:
+        self._ways = ways
         self.items, self._keys, self._attempt = items, keys, attempt
         self._journal, self._on_progress = journal, on_progress
         self._listing, self._reference = listing, reference
@@ -180,21 +184,19 @@ class _Shard:
         return num_found
 
     def known_frames(self, index: int) -> list[Frame]:
-        """What this attempt and those before have computed on the way of a relaxation."""
+        """What this attempt and those before have on the way of a relaxation, then what another one had on its way."""
         earlier = [entry.read() for entry in self._listing.frames.get(index, ())]
-        return [_as_frame(record) for record in earlier] + self._frames.get(index, [])
+        others = [replace(_as_frame(record), found=True) for record in self._ways.get(index, ())]
+        return [*map(_as_frame, earlier), *self._frames.get(index, ()), *others]
 
     def keep_frame(self, index: int, frame: Frame) -> None:
         """Make a frame of a relaxation durable."""
         key = item_key(Item.single_point(frame.atoms), self._reference)
         frames = self._frames.setdefault(index, [])
         step = len(self._listing.frames.get(index, ())) + len(frames)
-        frames.append(frame)
-        self._journal.append(
-            Record(
-                index, key, "single-point", frame.label, frame.atoms, 0.0, attempt=self._attempt, step=step
-            )
-        )
+        frames.append(frame.on_this_way())
+        record = Record(index, key, "single-point", frame.label, frame.atoms, 0.0, step=step)
+        self._journal.append(replace(record, attempt=self._attempt, found=frame.found))
 
     def keep(self, index: int, outcome: Outcome) -> None:
         """Make the outcome of an item durable, and that of the items that are equal to it.

@@ -9,7 +9,7 @@ import numpy as np
 
 from hpcft.config.campaign import Campaign
 from hpcft.stages.context import StageContext, TaskContext
-from hpcft.stages.sharing import last_states, replay_structures, share_out
+from hpcft.stages.sharing import last_states, replay_structures, share_out, stopped_in
 from hpcft.storage.structures import count_structures, read_structures
 
 _MOST_REPLAYED = 200  # replay structures that the Q-residual is measured against, evenly spread over the file
@@ -113,7 +113,4 @@ def _start(context: StageContext, indices: Sequence[int]) -> list[Any]:
 
 def collect(context: StageContext) -> dict[str, Any]:
     results = context.results()
-    stopped: dict[str, str] = {}
-    for result in results:
-        stopped |= result["stopped"]
-    return {"frames": sum(result["frames"] for result in results), "stopped": stopped}
+    return {"frames": sum(result["frames"] for result in results), "stopped": stopped_in(results)}

@@ -11,9 +11,8 @@ from typing import IO, Any
 
 from ase import Atoms
 
-from hpcft.labelling.exports import with_label
 from hpcft.labelling.journal import Record
-from hpcft.labelling.label import Label, Relaxation
+from hpcft.labelling.label import Label, Relaxation, with_label
 from hpcft.labelling.shard import FAILURES_FILE, SHARD_FILE, read_frames, read_shard
 from hpcft.stages.context import StageContext
 from hpcft.stages.quarantine import find_suspects

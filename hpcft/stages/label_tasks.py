@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from hpcft.labelling.worker import label_items
 from hpcft.stages.context import StageContext, TaskContext
 from hpcft.stages.quarantine import find_suspects
 from hpcft.stages.sharing import kinds_of, numbers_of
-from hpcft.storage.atomic import read_json
-from hpcft.storage.campaign_folder import RETRY_FAILURES, CampaignFolder
+from hpcft.storage.atomic import create_json_once, read_json
+from hpcft.storage.campaign_folder import RETRY_FAILURES, CampaignFolder, StageFolder
 
 _SET_ASIDE = "set-aside"
 _SHOWN = 3  # reasons in one message
@@ -40,9 +40,23 @@ def reference_with(settings: Settings, mpi: Sequence[str]) -> Reference:
     return reference_from(settings.reference, launcher(mpi, settings.label.ranks_per_calculation))
 
 
-def provenance_of(reference: Reference, settings: Settings) -> dict[str, Any]:
-    """What each file of labels says of the reference and the campaign: without it no store can tell whose they are."""
-    return reference.provenance() | {"campaign": settings.name}
+def provenance_of(
+    where: StageFolder, settings: Settings, reference: Callable[[], Reference]
+) -> dict[str, Any]:
+    """What each file of labels says of the reference and the campaign: without it no store can tell whose they are.
+
+    As a task of the stage has noted it, so that labels can be published where the reference's files are gone.
+    """
+    if where.provenance.exists():
+        return dict(read_json(where.provenance))
+    return _noted_provenance(where, settings, reference())
+
+
+def _noted_provenance(where: StageFolder, settings: Settings, reference: Reference) -> dict[str, Any]:
+    provenance: dict[str, Any] = reference.provenance() | {"campaign": settings.name}
+    if not where.provenance.exists():
+        create_json_once(where.provenance, provenance)
+    return provenance
 
 
 def relaxation_items(
@@ -66,13 +80,15 @@ def relaxation_items(
 def run_shard(task: TaskContext, frames: Sequence[Item], relaxations: Sequence[Item] = ()) -> dict[str, Any]:
     """Label what is still missing of one shard: its frames and relaxations, each in the order of the payload's numbers.
 
-    A label found in this campaign's earlier rounds, or in the store that it shares with others, is not paid for again.
+    A label found in this campaign's earlier rounds, or in the store that it shares with others, is not paid for again, nor are
+    those on the way of a relaxation that had another criterion.
     """
     context = task.context
     of_kind = {"frames": frames, "relaxations": relaxations}
     parts = [of_kind[kind] for kind in kinds_of(task.payload) if of_kind[kind]]
     items = parts[0] if len(parts) == 1 else [item for part in parts for item in part]
     reference = reference_of(context)
+    provenance = _noted_provenance(context.here, context.settings, reference)
     known = _known(context, [item_key(item, reference) for item in items])
     start = time.monotonic()
     retry = task.path / RETRY_FAILURES
@@ -82,6 +98,7 @@ def run_shard(task: TaskContext, frames: Sequence[Item], relaxations: Sequence[I
         reference,
         task.path,
         known=known,
+        ways=_ways(context, items, reference, known) if relaxations else {},
         attempt=task.attempt,
         workers=context.settings.label.workers,
         ranks=context.settings.label.ranks_per_calculation,
@@ -89,7 +106,7 @@ def run_shard(task: TaskContext, frames: Sequence[Item], relaxations: Sequence[I
         retry_causes=causes,
     )
     task.ensure_owned()
-    finish_shard(task.path, provenance_of(reference, context.settings))
+    finish_shard(task.path, provenance)
     retry.unlink(missing_ok=True)
     published = read_json(task.path / SHARD_FILE)
     return {
@@ -114,6 +131,21 @@ def _known(context: StageContext, keys: Sequence[str]) -> dict[str, Record]:
     for store in stores_of(context.folder, context.settings):
         found |= store.find(set(keys) - found.keys())
     return found
+
+
+def _ways(
+    context: StageContext, items: Sequence[Item], reference: Reference, known: Mapping[str, Record]
+) -> dict[int, list[Record]]:
+    """What relaxations that began where these begin had on their way, by the number of the item."""
+    starts = {
+        index: item_key(Item.single_point(item.atoms), reference)
+        for index, item in enumerate(items)
+        if item.kind == "relaxation" and item_key(item, reference) not in known
+    }
+    found: dict[str, list[Record]] = {}
+    for store in stores_of(context.folder, context.settings):
+        found |= store.find_ways(set(starts.values()) - found.keys())
+    return {index: found[key] for index, key in starts.items() if key in found}
 
 
 def collect_shards(context: StageContext) -> dict[str, Any]:
@@ -145,7 +177,7 @@ def collect_shards(context: StageContext) -> dict[str, Any]:
         "relaxations": relaxations,
         "frames_done": frames,
         **learnt,
-        "suspects": find_suspects(context),
+        "suspects": find_suspects(context, keep_tables=True),
     }
 
 
@@ -188,7 +220,8 @@ def _salvage(context: StageContext) -> list[dict[str, Any]]:
     if not aside:
         return []
     found = []
-    plan, provenance = context.plan(), provenance_of(reference_of(context), context.settings)
+    plan = context.plan()
+    provenance = provenance_of(context.here, context.settings, lambda: reference_of(context))
     for index in aside:
         where = context.here.task(index)
         items = sum(len(numbers_of(plan[index][kind])) for kind in ("frames", "relaxations"))

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 from ase import Atoms
 
-from hpcft.labelling.exports import with_label
 from hpcft.labelling.journal import Record
-from hpcft.labelling.label import Label, Relaxation
+from hpcft.labelling.label import Label, Relaxation, with_label
 from hpcft.labelling.shard import SHARD_FILE, read_frames, read_shard
 from hpcft.stages.context import StageContext
 from hpcft.stages.quarantine import quarantined

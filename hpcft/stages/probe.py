@@ -16,6 +16,7 @@ from hpcft.stages.sharing import (
     relaxation_map,
     replay_structures,
     share_out,
+    stopped_in,
 )
 from hpcft.storage.structures import count_structures, read_structures, write_structures
 from hpcft.storage.trajectory import Trajectory
@@ -190,8 +191,9 @@ def _after_steps(task: TaskContext, potential: Any, starts: list[Atoms]) -> list
 
 def collect(context: StageContext) -> dict[str, Any]:
     results = context.results()
-    stopped: dict[str, str] = {}
-    for result in results:
-        stopped |= result["stopped"]
     replay = next((result["replay"] for result in results if result.get("replay")), None)
-    return {"frames": sum(result["to_label"] for result in results), "stopped": stopped, "replay": replay}
+    return {
+        "frames": sum(result["to_label"] for result in results),
+        "stopped": stopped_in(results),
+        "replay": replay,
+    }

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from hpcft.errors import UserError
 from hpcft.labelling.label_table import LabelTable
 from hpcft.labelling.sanity import suspects
-from hpcft.labelling.shard import FRAMES_FILE, LABELS_FILE, SHARD_FILE
+from hpcft.labelling.shard import SHARD_FILE, read_table
 from hpcft.stages.context import StageContext
 from hpcft.storage.atomic import read_json
-from hpcft.storage.structures import read_columns
+from hpcft.storage.campaign_folder import StageFolder
 
 STAGES = ("label", "reference")
 
 
-def find_suspects(context: StageContext) -> list[dict[str, Any]]:
+def find_suspects(context: StageContext, *, keep_tables: bool = False) -> list[dict[str, Any]]:
     """Suspect labels of this stage, in this round and those before it: round, task, item, step, key, reason.
 
     `step` is that of a frame on the way of a relaxation, else null. They are judged beside all labels of the campaign so far,
-    so a label of an early round may become suspect in a later one.
+    so a label of an early round may become suspect in a later one. With `keep_tables`, for the one who collects the stage,
+    later rounds need not read these labels again.
     """
-    places: list[tuple[str, int, int, int, int | None]] = []
-    tables: list[LabelTable] = []
-    for stage in STAGES:
-        for round_ in range(context.round + 1):
-            for task, path in _files(context, stage, round_):
-                tables.append(LabelTable.read(path))
-                for item, step in _items_and_steps(path):
-                    places.append((stage, round_, task, item, step))
-    labels = LabelTable.joined(tables)
+    places = [(stage, round_) for stage in STAGES for round_ in range(context.round + 1)]
+    tables = [_labels_of(context, *place, keep_table=keep_tables) for place in places]
+    labels, firsts = LabelTable.joined(tables), np.cumsum([0, *map(len, tables)])
     found = []
     for row, reason in suspects(labels).items():
-        stage, round_, task, item, step = places[row]
+        stage, round_ = places[int(np.searchsorted(firsts, row, "right")) - 1]
         if stage == context.stage:
-            place = {"round": round_, "task": task, "item": item, "step": step}
+            task, item, step = (int(of[row]) for of in (labels.shards_s, labels.items_s, labels.steps_s))
+            place = {"round": round_, "task": task, "item": item, "step": None if step < 0 else step}
             found.append({**place, "key": labels.keys[row], "reason": reason})
     return found
 
@@ -53,22 +51,26 @@ def quarantined(context: StageContext, stage: str, round_: int) -> set[tuple[int
     return set()
 
 
-def _files(context: StageContext, stage: str, round_: int) -> list[tuple[int, Path]]:
-    """Files of published labels, each with its task; of other stages and rounds only what is finished, as it cannot change."""
+def _labels_of(context: StageContext, stage: str, round_: int, *, keep_table: bool) -> LabelTable:
+    """Published labels of a stage; of others than this one only if it is finished, as it cannot change any more."""
     where = context.folder.stage(round_, stage)
-    if (stage, round_) != (context.stage, context.round) and not where.product.exists():
-        return []
-    found = []
-    for shard in sorted(where.path.glob(f"tasks/*/{SHARD_FILE}")):
-        listed = read_json(shard)
-        files = {LABELS_FILE: listed["labels"], FRAMES_FILE: listed.get("frames")}
-        found += [(int(shard.parent.name), shard.parent / name) for name, keys in files.items() if keys]
-    return found
+    if (stage, round_) != (context.stage, context.round):
+        if not where.product.exists():
+            return LabelTable.joined([])
+        if (kept := _kept(where)) is not None:
+            return kept
+    shards = sorted(where.path.glob(f"tasks/*/{SHARD_FILE}"))
+    table = LabelTable.joined([read_table(path.parent).of_shard(int(path.parent.name)) for path in shards])
+    if keep_table:
+        table.write(where.label_table)
+    return table
 
 
-def _items_and_steps(path: Path) -> list[tuple[int, int | None]]:
-    if path.name != FRAMES_FILE:
-        [items] = read_columns(path, ("info/index",), verify=False)
-        return [(item, None) for item in items.tolist()]
-    items, steps = read_columns(path, ("info/index", "info/step"), verify=False)
-    return list(zip(items.tolist(), steps.tolist(), strict=True))
+def _kept(where: StageFolder) -> LabelTable | None:
+    """The table of a finished stage; None where it is missing, damaged, or not of the labels that the stage counts."""
+    try:
+        table = LabelTable.read_file(where.label_table)
+    except UserError:
+        return None
+    count = int((table.steps_s < 0).sum())
+    return table if count == read_json(where.product).get("frames_done") else None

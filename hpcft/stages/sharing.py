@@ -25,6 +25,14 @@ def share_out(count: int, tasks: int) -> list[dict[str, Any]]:
     return [{"replicas": [int(i) for i in part]} for part in parts]
 
 
+def stopped_in(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Why replicas were stopped, by their index, from the results of all tasks that had some."""
+    stopped: dict[str, str] = {}
+    for result in results:
+        stopped |= result["stopped"]
+    return stopped
+
+
 def relaxation_map(settings: RelaxationTraining, step_size: StepSize | None = None) -> RelaxationMap:
     """The map that train.relaxation iterates, with its own step size or one that is learned."""
     from hpcft.relaxation import Descent, Fire

@@ -96,7 +96,7 @@ def publish(temporary: Path, final: Path) -> None:
         _sync(temporary)
         ours = reopening(temporary.stat)
         reopening(lambda: _replace(temporary, final, ours))
-        _sync_folder(final.parent)
+        sync_folder(final.parent)
 
 
 def publish_once(temporary: Path, final: Path) -> bool:
@@ -105,7 +105,7 @@ def publish_once(temporary: Path, final: Path) -> bool:
         with errors_naming(final):
             _sync(temporary)
             published = reopening(lambda: _link(temporary, final))
-            _sync_folder(final.parent)  # also when another published: it may have died before it came to this
+            sync_folder(final.parent)  # also when another published: it may have died before it came to this
         return published
     finally:
         temporary.unlink(missing_ok=True)
@@ -193,7 +193,8 @@ def _sync_once(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where its file system can."""
     try:
         _sync(folder)
     except OSError as error:

@@ -74,6 +74,16 @@ class StageFolder:
         return self.path / "product.json"
 
     @property
+    def label_table(self) -> Path:
+        """Of a finished label stage: what its labels are judged by beside those of later ones."""
+        return self.path / "label-table.h5"
+
+    @property
+    def provenance(self) -> Path:
+        """Of a label stage that has begun: what its files of labels say of the reference."""
+        return self.path / "provenance.json"
+
+    @property
     def attempts(self) -> Path:
         return self.path / "attempts"
 

@@ -16,7 +16,7 @@ from ase.data import atomic_numbers
 
 from hpcft.config.pretrain import Recipe
 from hpcft.errors import UserError
-from hpcft.labelling.label import compute_label
+from hpcft.labelling.label import compute_label, with_label
 from hpcft.labelling.reference import build_calculator, reference_from, unknown_elements
 from hpcft.models.graph import build_graph
 from hpcft.models.mace import MacePotential, build_mace
@@ -72,12 +72,7 @@ def labelled_crystals(recipe: Recipe, calculator: Calculator) -> list[Atoms]:
         for number in range(data.structures_per_crystal):
             repeat = data.repeat if number % 2 == 0 else 1
             atoms = disturbed(equilibrium, repeat, data.max_strain, data.rattle, random)
-            label = compute_label(atoms, calculator)
-            atoms.info["REF_energy"] = label.energy
-            atoms.arrays["REF_forces"] = label.forces_n3
-            if label.stress_6 is not None:
-                atoms.info["REF_stress"] = label.stress_6
-            found.append(atoms)
+            found.append(with_label(atoms, compute_label(atoms, calculator)))
     return found
 
 

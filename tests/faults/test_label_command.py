@@ -149,39 +149,124 @@ def test_failures_are_listed_by_cause_and_tried_again_when_the_user_says_so(
     assert not (base / "run" / "failed.extxyz").exists()
 
 
-@pytest.mark.nightly
-def test_failures_within_the_tolerated_share_end_well(base: Path, metals: Metals) -> None:
+def test_what_failed_in_a_finished_run_is_tried_again_and_everything_else_is_kept(
+    base: Path, metals: Metals
+) -> None:
     structures = metals("Cu", "Au", "Ni", "Pt")
     tolerant = {"label": {"tolerated_failures": 0.25}}
-    said = hpcft_to_end(*wish(base, structures, "calculators.LicensedForGoldEMT", **tolerant), cwd=base)
+    command = (*wish(base, structures, "calculators.LicensedForGoldEMT", **tolerant), "--shards", 2)
+    said = hpcft_to_end(*command, cwd=base)
     assert re.search(r"failed: \w+ +1\n", said)
+    before = (base / "run" / "labels.extxyz").read_text()
     assert len(read(base / "run" / "labels.extxyz", ":")) == 3
+    history = history_of(base / "run")
+
+    status, refusal = run(base, "retry", "run", "--cause", "scf")
+    assert status == 2
+    assert "no failed task of cause scf" in refusal
+    assert hpcft_to_end("status", "run", cwd=base).startswith("in: finished\n"), "and so it stays"
 
     (base / "licence").touch()
-    [rewind, resume] = re.findall(r"hpcft ((?:rewind|resume) run[^&\n]*)", said)
-    status, refusal = run(base, "retry", "run")
-    assert status == 2
-    assert rewind.strip() in refusal.replace(f"{base}/", "")
-    hpcft_to_end(*rewind.split(), "--yes", cwd=base)
-    assert "failed" not in hpcft_to_end(*resume.split(), cwd=base)
+    [retry, resume] = re.findall(r"hpcft ((?:retry|resume) run)(?: &&|\n)", said)
+    assert "1 will try failed labels again" in hpcft_to_end(*retry.split(), cwd=base)
+    assert "1 of 2 tasks done" in hpcft_to_end("status", "run", cwd=base)
+    said = hpcft_to_end(*resume.split(), cwd=base)
+    assert "failed:" not in said
+    assert "ended without a result" not in said
     assert_emt_labels(base)
-    assert len(lines_of(base / "calls")) == 4
+    assert len(lines_of(base / "calls")) == 4, "nothing is paid for twice"
+    assert set(before.splitlines()) <= set((base / "run" / "labels.extxyz").read_text().splitlines())
+    assert history.keys() < history_of(base / "run").keys(), "how it came about before is kept"
+    assert "all is well" in hpcft_to_end("verify", "run", cwd=base)
+    status, refusal = run(base, *retry.split())
+    assert status == 2
+    assert "nothing in it has failed" in refusal
 
 
+def test_a_relaxation_that_failed_in_a_finished_run_goes_on_from_its_last_step(base: Path) -> None:
+    structures = sizes(3)
+    del structures[1][0]
+    tolerant = {"label": {"tolerated_failures": 1.0}, "arguments": {"calls": str(base / "calls")}}
+    command = (*wish(base, structures, "calculators.DiesAtStepEMT", **tolerant), "--relax")
+    assert re.search(r"failed: crash +1\n", hpcft_to_end(*command, cwd=base))
+    frames = [atoms.info["step"] for atoms in read(base / "run" / "frames.extxyz", ":")]
+    assert len(frames) == len(lines_of(base / "calls")) > 4
+    hpcft_to_end("retry", "run", cwd=base)
+    hpcft_to_end("resume", "run", cwd=base)
+    assert len(read(base / "run" / "relaxed.extxyz", ":")) == 3
+    assert len(read(base / "run" / "frames.extxyz", ":")) > len(frames)
+    calls = lines_of(base / "calls")
+    assert len(calls) == len(set(calls)) == len(read(base / "run" / "frames.extxyz", ":"))
+
+
+def test_a_relaxation_with_another_criterion_pays_only_for_the_steps_that_no_other_has_taken(
+    base: Path,
+) -> None:
+    structures = sizes(3)
+    del structures[1][0]
+    shared = {"label": {"store": str(base / "store")}}
+    paid = {}
+    for name, fmax, more in (
+        ("loose", 0.1, shared),
+        ("tight", 0.02, shared),
+        ("loose again", 0.11, shared),
+        ("alone", 0.02, {}),
+    ):
+        command = wish(base, structures, "calculators.CountingEMT", **more)[:-1]
+        before = len(lines_of(base / "calls")) if paid else 0
+        hpcft_to_end(*command, name, "--relax", "--fmax", fmax, "--shards", 2, cwd=base)
+        paid[name] = len(lines_of(base / "calls")) - before
+    assert 0 < paid["loose"] < paid["alone"]
+    assert paid["loose"] + paid["tight"] == paid["alone"]
+    assert paid["loose again"] == 0
+    for file in ("relaxed.extxyz", "frames.extxyz"):
+        assert (base / "tight" / file).read_text() == (base / "alone" / file).read_text()
+    assert len(read(base / "loose again" / "frames.extxyz", ":")) <= paid["loose"]
+    assert "all is well" in hpcft_to_end("verify", "tight", cwd=base)
+
+
+def test_other_settings_for_what_failed_in_a_finished_run_are_those_of_the_file_said_again(
+    base: Path, metals: Metals
+) -> None:
+    """Patience, ladder and the command may change; anything that would make other labels is refused."""
+    options = {
+        "label": {"tolerated_failures": 1.0},
+        "arguments": {"calls": str(base / "calls"), "mixing": 0.5},
+    }
+    structures = metals("Cu", "Ni")
+    said = hpcft_to_end(*wish(base, structures, "calculators.UnsettledEMT", **options), cwd=base)
+    assert re.search(r"failed: scf +2\n", said)
+
+    command = wish(base, structures, "calculators.UnsettledEMT", **options, ladder=[{"mixing": 0.1}])
+    assert re.search(r"failed: scf +2\n", hpcft_to_end(*command, cwd=base)), "it is finished"
+    hpcft_to_end("retry", "run", "--cause", "scf", cwd=base)
+    hpcft_to_end("resume", "run", cwd=base)
+    assert_emt_labels(base)
+
+    options["arguments"]["mixing"] = 0.1
+    status, refusal = run(base, *wish(base, structures, "calculators.UnsettledEMT", **options))
+    assert status == 2
+    assert "reference.arguments.mixing: 0.5 -> 0.1" in refusal
+
+
+@pytest.mark.parametrize("tolerated", [0.0, 1.0])
 def test_a_task_that_is_given_up_does_not_keep_the_others_from_their_labels(
-    base: Path, metals: Metals, monkeypatch: pytest.MonkeyPatch
+    tolerated: float, base: Path, metals: Metals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The code breaks where the machine lacks it, in the one task that comes to its third structure."""
     monkeypatch.setenv("HPCFT_TEST_ORDERS", str(base / "orders"))
     (base / "orders").write_text("break 2")
     structures = metals("Cu", "Ni", "Ag", "Pd")
-    command = (*wish(base, structures, "calculators.ObedientEMT", max_attempts=1), "--shards", 2)
+    options = {"max_attempts": 1, "label": {"tolerated_failures": tolerated}}
+    command = (*wish(base, structures, "calculators.ObedientEMT", **options), "--shards", 2)
     status, said = run(base, *command)
-    assert status == 1, said
+    assert status == (0 if tolerated else 1), said
     assert "set-aside" in said
     num_done = len(lines_of(base / "calls"))
     assert len(read(base / "run" / "labels.extxyz", ":")) == num_done < 4
     (base / "orders").write_text("go")
+    if tolerated:  # the run is finished
+        hpcft_to_end("retry", "run", "--cause", "set-aside", cwd=base)
     hpcft_to_end("resume", "run", cwd=base)
     assert_emt_labels(base)
     assert len(lines_of(base / "calls")) == 4

@@ -95,6 +95,18 @@ def test_a_task_that_was_set_aside_comes_back_and_the_reason_is_kept(
     assert read_json(kept) == {"why": "it ran into its time limit"}
 
 
+def test_set_aside_is_a_cause_as_the_table_of_labels_shows_it(
+    folder: CampaignFolder, manager: Manager
+) -> None:
+    give_up(folder, manager, 0)
+    fail(folder, 1, 1, "error")
+    probe(folder).task(0).path.mkdir(parents=True)
+    write_json(probe(folder).task(0).aside, {"why": "it ran into its time limit"})
+    assert retry(folder, cause="set-aside").tasks == (0,)
+    with pytest.raises(UserError, match="no failed task of cause set-aside"):
+        retry(folder, cause="set-aside")
+
+
 def test_a_retry_of_another_stage_than_that_in_progress_names_rewind(
     folder: CampaignFolder, manager: Manager
 ) -> None:
@@ -168,6 +180,27 @@ def test_labels_of_a_rewound_stage_still_say_of_which_reference_they_are(
     [moved] = rewind(folder, 0, "reference", manager.scheduler)
     about = read_provenance(moved / task.relative_to(folder.stage(0, "reference").path) / "labels.h5")
     assert about == {**reference.provenance(), "campaign": "small"}
+
+
+def test_a_rewind_needs_none_of_the_files_that_the_reference_needs(
+    folder: CampaignFolder, manager: Manager, slurm: FakeSlurm, tmp_path: Path
+) -> None:
+    finish(folder, 0, 1)
+    manager.step()
+    stage = folder.stage(0, "reference")
+    task = stage.task(0).path
+    task.mkdir(parents=True)
+    emt = Reference("ase.calculators.emt.EMT")
+    label_items([Item.single_point(bulk("Cu"))], emt, task)
+    write_json(stage.provenance, {"reference": "espresso", "campaign": "small"})
+    identity = folder.read_identity()
+    profile = {"command": "/nowhere/pw.x", "pseudo_dir": str(tmp_path / "gone")}
+    arguments = {"pseudopotentials": {"Cu": "Cu.upf"}, "profile": profile}
+    identity["config"]["reference"] |= {"calculator": "espresso", "arguments": arguments}
+    write_json(folder.identity, identity)
+    [moved] = rewind(folder, 0, "reference", manager.scheduler)
+    about = read_provenance(moved / task.relative_to(stage.path) / "labels.h5")
+    assert about == {"reference": "espresso", "campaign": "small"}
 
 
 def test_a_rewind_that_was_killed_half_way_is_completed_by_saying_it_again(

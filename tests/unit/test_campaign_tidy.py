@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hpcft.campaign.tidy import is_tidy, tidy
+from hpcft.campaign.tidy import is_tidy, tidy, untidy
 from hpcft.storage.atomic import write_json
 from hpcft.storage.campaign_folder import StageFolder
 
@@ -191,4 +191,48 @@ def test_a_folder_into_which_a_job_still_writes_stops_nobody(
     assert not is_tidy(stage)
     assert what_it_says(stage) == (RESULTS, SET_ASIDE)
     tidy(stage)
+    assert is_tidy(stage)
+
+
+def records_of(stage: StageFolder) -> dict[str, str]:
+    """By file: all records of attempts and outcomes."""
+    found = [*stage.attempts.rglob("*.json"), *stage.outcomes.glob("*.json")]
+    return {str(path.relative_to(stage.path)): path.read_text() for path in found}
+
+
+def test_a_stage_is_unpacked_to_the_records_and_logs_that_it_had(stage: StageFolder) -> None:
+    before = records_of(stage)
+    tidy(stage)
+    untidy(stage)
+    assert records_of(stage) == before
+    assert (stage.logs(1) / "7_0_0_log.out").read_text() == "hello"
+    assert not stage.results.exists(), "what new attempts come to must not be hidden by it"
+    assert what_it_says(stage) == (RESULTS, SET_ASIDE)
+    untidy(stage)
+    assert records_of(stage) == before
+    tidy(stage)
+    assert is_tidy(stage)
+    assert what_it_says(stage) == (RESULTS, SET_ASIDE)
+
+
+@pytest.mark.parametrize("again", ["unpacked", "packed"])
+@pytest.mark.parametrize("killed_at", ["0002.result.json", "results.jsonl", "history.zip"])
+def test_unpacking_that_was_killed_is_completed_or_undone(
+    killed_at: str, again: str, stage: StageFolder
+) -> None:
+    """`killed_at` is the file that was next to be written, or to be deleted."""
+    before = records_of(stage)
+    tidy(stage)
+    results, history = stage.results.read_text(), stage.history.read_bytes()
+    untidy(stage)
+    stage.history.write_bytes(history)
+    if killed_at != "history.zip":
+        stage.results.write_text(results)
+    if killed_at == "0002.result.json":
+        stage.task(2).result.unlink()
+    if again == "unpacked":
+        untidy(stage)
+        assert records_of(stage) == before
+    tidy(stage)
+    assert what_it_says(stage) == (RESULTS, SET_ASIDE)
     assert is_tidy(stage)

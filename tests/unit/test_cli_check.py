@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from recorded_slurm import FILES, FOLDER
+from check_commands import GOOD, hpcft, program, recorded_programs, write_site
 
+from hpcft.campaign.create import open_or_create
 from hpcft.cli import preflight
 from hpcft.config.campaign import load_campaign
 from hpcft.config.site import Site, default_site, load_site
@@ -19,9 +19,6 @@ from hpcft.config.site import Site, default_site, load_site
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny import write_campaign
-
-HPCFT = str(Path(sys.executable).with_name("hpcft"))
-GOOD = "name: good\nexecutor: slurm\nslurm: {partition: cpu}\n"
 
 
 @pytest.fixture(scope="module")
@@ -33,41 +30,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Path:
-    """A folder of programs that are called as Slurm's are and print what was recorded."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name in ("sbatch", "squeue", "scancel", "srun"):
-        program(folder / name, "exit 1")
-    for name in ("scontrol", "sinfo", "sacctmgr", "id"):
-        cases = [f'"{command}"*) cat {FOLDER}/{file}.txt ;;' for command, file in FILES.items()]
-        program(folder / name, 'case "$(basename $0) $*" in', *cases, "*) exit 1 ;; esac")
-    return folder
-
-
-def program(path: Path, *lines: str) -> None:
-    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
-    path.chmod(0o755)
-
-
-def hpcft(*arguments: object, path: Path | None, cwd: Path) -> tuple[int, str, str]:
-    """Exit code, and what was said on both channels with its lines joined, as they break where the terminal ends."""
-    environment = {
-        **os.environ,
-        "PATH": f"{path}:/usr/bin:/bin" if path else "/nowhere",
-        "COLUMNS": "80",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [HPCFT, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, re.sub(r"\s+", " ", done.stdout), re.sub(r"\s+", " ", done.stderr)
-
-
-def write_site(folder: Path, text: str = GOOD) -> Path:
-    path = folder / "site.yaml"
-    path.write_text(text)
-    return path
+    return recorded_programs(tmp_path / "bin")
 
 
 def test_a_campaign_that_fits_is_summed_up_and_nothing_is_written(
@@ -96,6 +59,21 @@ def test_every_problem_is_told_with_its_line_and_key_and_what_would_be_accepted(
     assert f"{place}.account: the user root may not use the account nope accepted: lab, root" in said
     assert f"{place}.gpus_per_rank: is 1, but no node in partition cpu has GPUs" in said
     assert said.endswith("2 errors ")
+
+
+def test_the_folder_of_a_campaign_is_checked_by_its_copies_of_the_inputs(slurm: Path, tmp_path: Path) -> None:
+    file = write_campaign(tmp_path / "inputs")
+    folder = open_or_create(load_campaign(file), file, tmp_path / "mine")
+    for path in (tmp_path / "inputs").iterdir():
+        path.unlink()
+    site = write_site(tmp_path, GOOD.replace("cpu", "nowhere"))
+    code, said, complaint = hpcft("check", "mine", "--site", site, path=slurm, cwd=tmp_path)
+    assert (code, complaint) == (2, "")
+    assert "campaign tiny: 2 rounds, 4 replicas, 62 atoms in all" in said
+    assert f"folder {folder.root}: room for" in said
+    assert f"error {site}:3: slurm.partition: there is no partition nowhere" in said
+    code, said, _ = hpcft("check", "mine", path=slurm, cwd=tmp_path)
+    assert (code, said.endswith("no problems found ")) == (0, True)
 
 
 def test_a_site_alone_can_be_checked_and_warnings_do_not_fail(slurm: Path, tmp_path: Path) -> None:

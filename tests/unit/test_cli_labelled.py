@@ -13,7 +13,7 @@ from hpcft.storage.campaign_folder import CampaignFolder
 
 @pytest.mark.parametrize(
     ("is_finished", "remedy"),
-    [(False, "again: hpcft resume {run}\n"), (True, "hpcft rewind {run} --round 0 --stage label")],
+    [(False, "again: hpcft resume {run}\n"), (True, "again: hpcft retry {run} && hpcft resume {run}\n")],
 )
 def test_the_remedy_for_failures_is_one_that_works_where_the_run_stands(
     is_finished: bool, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -29,4 +29,4 @@ def test_the_remedy_for_failures_is_one_that_works_where_the_run_stands(
     show_labels(folder)
     said = capsys.readouterr().out
     assert remedy.format(run=folder.root) in said
-    assert ("hpcft retry" in said) is not is_finished
+    assert f"hpcft retry {folder.root} --cause CAUSE --set" in said

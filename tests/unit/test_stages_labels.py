@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from hpcft.config.label_run import LabelRun
 from hpcft.errors import CampaignStopped
 from hpcft.labelling.cost import cost_model
 from hpcft.labelling.item import Item, item_key
-from hpcft.labelling.journal import Journal, Record, journal_path
+from hpcft.labelling.journal import Journal, Record, journal_path, list_journals
 from hpcft.labelling.label import Label
+from hpcft.labelling.label_table import LabelTable
 from hpcft.labelling.shard import finish_shard
 from hpcft.labelling.store import LabelStore
 from hpcft.stages import label_file
@@ -27,10 +29,11 @@ from hpcft.stages.label import plan
 from hpcft.stages.label_plan import seen_so_far, shards
 from hpcft.stages.label_tasks import collect_shards, reference_of, run_shard
 from hpcft.stages.labels import label_outcomes, relaxation_frames, training_labels
+from hpcft.stages.quarantine import find_suspects
 from hpcft.stages.sharing import work_of
 from hpcft.storage.atomic import read_json, write_json
 from hpcft.storage.campaign_folder import CampaignFolder
-from hpcft.storage.structures import read_any, read_structures, write_structures
+from hpcft.storage.structures import read_any, read_provenance, read_structures, write_structures
 from hpcft.training.rank import Rank
 
 CONFIG: dict[str, Any] = {
@@ -144,6 +147,15 @@ def test_a_label_of_an_earlier_round_is_found_again_and_not_paid_for(folder: Cam
     assert [bool(atoms.info["found"]) for atoms in labels] == [False, True]
     first = read_structures(folder.stage(1, "label").task(0).path / "labels.h5")
     assert labels[1].info["REF_energy"] == first[0].info["REF_energy"]
+
+
+def test_a_stage_has_on_record_whose_its_labels_are_for_tasks_that_end_without_the_reference_s_files(
+    folder: CampaignFolder,
+) -> None:
+    here = label_stage(folder, [copper(1)])
+    said = read_provenance(here.here.task(0).path / "labels.h5")
+    assert said == {**reference_of(here).provenance(), "campaign": "small"}
+    assert read_json(here.here.provenance) == said
 
 
 TOLERANT = {"label": {"shards": 2, "tolerated_failures": 0.6}}
@@ -295,9 +307,11 @@ def campaign_folder(root: Path) -> CampaignFolder:
     return folder
 
 
-def label_stage(folder: CampaignFolder, frames: list[Atoms], **changes: Any) -> StageContext:
-    """Round 1's label stage in one task, labelled and collected."""
-    here = context(folder, 1, "label", **changes)
+def label_stage(
+    folder: CampaignFolder, frames: list[Atoms], *, round_: int = 1, stage: str = "label", **changes: Any
+) -> StageContext:
+    """A label stage in one task, labelled and collected."""
+    here = context(folder, round_, stage, **changes)
     here.here.path.mkdir(parents=True)
     [payload] = shards(np.ones(len(frames)), np.zeros(0), 1)
     write_json(here.here.plan, {"tasks": [payload]})
@@ -339,12 +353,18 @@ def test_campaigns_that_share_no_store_or_no_reference_pay_each_for_their_own_la
 
 
 def spoil(here: StageContext, item: int, error: float) -> str:
-    """Change one published energy of task 0, as a calculation that went wrong without a word would; returns its key."""
-    path = here.here.task(0).path / "labels.h5"
-    labels = read_structures(path)
-    labels[item].info["REF_energy"] += error
-    write_structures(path, labels)
-    return str(labels[item].info["key"])
+    """Change one energy of task 0 and publish it, as a calculation that went wrong without a word would; returns its key."""
+    task = here.here.task(0).path
+    records = [entry.read() for entry in list_journals(task).items.values()]
+    wrong = records[item].result
+    assert isinstance(wrong, Label)
+    records[item] = replace(records[item], result=replace(wrong, energy=wrong.energy + error))
+    journal_path(task, 1).unlink()
+    with Journal(journal_path(task, 1)) as journal:
+        for record in records:
+            journal.append(record)
+    finish_shard(task)
+    return records[item].key
 
 
 def collected(here: StageContext) -> StageContext:
@@ -399,20 +419,107 @@ def test_a_label_of_an_early_round_is_found_out_by_those_of_a_later_one(folder: 
     collected(first)
     assert len(training_labels(first)) == 4, "four labels say too little"
 
-    second = context(folder, 2, "label")
-    second.here.path.mkdir(parents=True)
-    frames = [copper(seed) for seed in range(10, 20)]
-    [payload] = shards(np.ones(len(frames)), np.zeros(0), 1)
-    write_json(second.here.plan, {"tasks": [payload]})
-    result = label(second, 0, frames, payload)
-    second.here.outcomes.mkdir()
-    write_json(second.here.task(0).result, result)
-    collected(second)
+    second = label_stage(folder, [copper(seed) for seed in range(10, 20)], round_=2)
     [suspect] = read_json(second.here.product)["suspects"]
     assert (suspect["round"], suspect["task"], suspect["item"]) == (1, 0, 1)
     assert len(training_labels(second)) == 13
     assert sorted(label_outcomes(second, "label", 1)) == [0, 2, 3]
     assert sorted(label_outcomes(second, "label", 2)) == list(range(10))
+
+
+def several_rounds(folder: CampaignFolder) -> list[StageContext]:
+    """Stages of both kinds in three rounds, with wrong energies that show at once, later, and only beside another stage's."""
+    stages = [
+        label_stage(folder, [copper(seed) for seed in range(4)], round_=0, stage="reference"),
+        label_stage(folder, [copper(seed) for seed in range(10, 22)]),
+        label_stage(folder, [copper(seed) for seed in range(30, 35)], stage="reference"),
+        label_stage(folder, [copper(seed) for seed in range(40, 46)], round_=2),
+    ]
+    for here, item, error in zip(stages, (2, 7, 0, 5), (40.0, -40.0, -55.0, 90.0), strict=True):
+        spoil(here, item, error)
+    for here in stages:
+        collected(here)
+    return stages
+
+
+def tables_of(folder: CampaignFolder) -> list[Path]:
+    return sorted(folder.root.glob("round-*/*/label-table.h5"))
+
+
+def test_labels_are_judged_by_the_tables_of_earlier_stages_as_by_all_their_files(
+    folder: CampaignFolder,
+) -> None:
+    stages = several_rounds(folder)
+    by_tables = [find_suspects(here) for here in stages]
+    assert [len(found) for found in by_tables] == [0, 1, 2, 2]
+    assert [read_json(here.here.product)["suspects"] for here in stages] == by_tables
+    assert len(tables_of(folder)) == 4
+    for path in tables_of(folder):
+        path.unlink()
+    assert [find_suspects(here) for here in stages] == by_tables
+    assert tables_of(folder) == [], "to look is to change nothing"
+    for shard in folder.root.glob("round-*/*/tasks/*/shard.json"):  # as they were before there were tables
+        contents = read_json(shard)
+        write_json(shard, {key: value for key, value in contents.items() if key != "tables"})
+    assert [find_suspects(here) for here in stages] == by_tables
+
+
+def test_a_collection_reads_the_labels_of_its_own_round_and_no_file_of_an_earlier_one(
+    folder: CampaignFolder,
+) -> None:
+    stages = several_rounds(folder)
+    suspects = read_json(stages[-1].here.product)["suspects"]
+    for here in stages[:-1]:
+        for path in here.here.path.glob("tasks/*/*"):
+            path.unlink()
+    assert collect_shards(stages[-1])["suspects"] == suspects
+
+
+@pytest.mark.parametrize("fault", ["missing", "torn", "of other labels"])
+def test_a_table_that_does_not_fit_is_made_again_by_the_next_collection(
+    fault: str, folder: CampaignFolder
+) -> None:
+    stages = several_rounds(folder)
+    suspects = read_json(stages[-1].here.product)["suspects"]
+    table = stages[1].here.label_table
+    right = table.read_bytes()
+    if fault == "missing":
+        table.unlink()
+    elif fault == "torn":
+        table.write_bytes(right[:-100])
+    else:
+        table.write_bytes(stages[0].here.label_table.read_bytes())
+    assert collect_shards(stages[-1])["suspects"] == suspects
+    assert LabelTable.read_file(table).items_s.tolist() == list(range(12))
+
+
+def test_the_frames_of_a_relaxation_keep_their_steps_in_a_stages_table(folder: CampaignFolder) -> None:
+    here = context(
+        folder, 1, "label", relaxations=RELAXATIONS, train={"epochs": 1, "relaxation": {"weight": 1.0}}
+    )
+    task = here.here.task(3).path
+    task.mkdir(parents=True)
+    write_json(here.here.plan, {"tasks": []})
+    with Journal(journal_path(task, 1)) as journal:
+        for step in range(3):
+            atoms = copper(step)
+            forces = np.full((len(atoms), 3), 1e4 if step == 1 else 0.0)
+            label_ = Label(-1.0, "free_energy", forces, None)
+            journal.append(Record(5, f"{step:064x}", "single-point", label_, atoms, 1.0, step=step))
+    finish_shard(task)
+    [suspect] = find_suspects(here, keep_tables=True)
+    assert {name: suspect[name] for name in ("round", "task", "item", "step")} == {
+        "round": 1,
+        "task": 3,
+        "item": 5,
+        "step": 1,
+    }
+    table = LabelTable.read_file(here.here.label_table)
+    assert (table.shards_s.tolist(), table.items_s.tolist(), table.steps_s.tolist()) == (
+        [3] * 3,
+        [5] * 3,
+        [0, 1, 2],
+    )
 
 
 def test_a_shared_store_that_cannot_be_written_stops_the_campaign_and_its_labels_are_kept(
