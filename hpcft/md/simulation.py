@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from ase import units
-from torch import Tensor
 
 from hpcft.md.motion import Motion
 from hpcft.md.replica import Replica
@@ -20,6 +18,8 @@ from hpcft.storage.frames import FrameBlock
 Observe = Callable[[Graph], dict[str, np.ndarray]]
 # Marks the last frame of a replica that a guard has stopped: what fine-tuning needs most.
 AT_STOP = "at_stop"
+# Larger than any number that is one.
+_HUGE = float(np.finfo(float).max)
 _FIXED = {"step", "time_fs", "positions", "velocities", "forces", "cell", "energy", "temperature"}
 
 
@@ -68,11 +68,6 @@ class _Recorder:
             temperature_K=column("temperature", (count,)),
             observables={name: np.asarray(v) for name, v in self.rows.items() if name not in _FIXED},
         )
-
-
-def _as_computed(tensor: Tensor) -> np.ndarray:
-    """In the precision of the run: a file of float32 dynamics has half the size and loses nothing."""
-    return np.asarray(tensor.detach().cpu().numpy())
 
 
 class Simulation:
@@ -187,9 +182,23 @@ class Simulation:
             replica.volume = replica.volume or float(volume)
 
     def _causes(self, motion: Motion) -> list[str]:
+        """Of each replica; looked at one by one only where all are not plainly sound."""
+        signs, guards = motion.vital_signs(), self.guards
+        temperature, distance, force, volume = signs
+        before = np.array([replica.volume for replica in motion.batch])
+        change = np.where(before > 0, volume, 1.0) / np.where(before > 0, before, 1.0)
+        is_sound = (
+            (temperature <= min(guards.max_temperature_K, _HUGE))
+            & (distance >= guards.min_distance)
+            & (force <= min(guards.max_force, _HUGE))
+            & (1 / guards.max_volume_change < change)
+            & (change < guards.max_volume_change)
+        )
+        if is_sound.all():
+            return [""] * len(is_sound)
         return [
-            self._cause(signs, replica.volume)
-            for replica, signs in zip(motion.batch, motion.vital_signs().T, strict=True)
+            self._cause(of_replica, replica.volume)
+            for replica, of_replica in zip(motion.batch, signs.T, strict=True)
         ]
 
     def _cause(self, signs: np.ndarray, volume_before: float) -> str:
@@ -213,7 +222,7 @@ class Simulation:
 
     def _record(self, motion: Motion, chosen: Sequence[int], *, ended: bool = False) -> None:
         observed = self.observe(motion.graph) if self.observe else {}
-        temperature_r = motion.temperature_r().cpu().numpy()
+        frame, cells = motion.frame(), motion.cells()
         for r in chosen:
             replica, rows = motion.batch[r], motion.rows(r)
             step = replica.step - ended
@@ -226,20 +235,20 @@ class Simulation:
             self._recorders[replica.index].add(
                 step=step,
                 time_fs=step * motion.dynamics[r].timestep,
-                positions=_as_computed(motion.graph.positions_n3[rows]),
-                velocities=self._if_due("velocities", step, is_last, motion.velocities_n3[rows] * units.fs),
-                forces=self._if_due("forces", step, is_last, motion.evaluation.forces_n3[rows]),
-                cell=motion.cell(r),
-                energy=float(motion.evaluation.energies_b[r]),
-                temperature=float(temperature_r[r]),
+                positions=frame.positions_n3[rows],
+                velocities=self._if_due("velocities", step, is_last, frame.velocities_n3[rows]),
+                forces=self._if_due("forces", step, is_last, frame.forces_n3[rows]),
+                cell=cells[r],
+                energy=float(frame.energies_r[r]),
+                temperature=float(frame.temperature_r[r]),
                 **values,
                 **mark,
             )
 
-    def _if_due(self, name: str, step: int, is_last: bool, values: Tensor) -> np.ndarray:
+    def _if_due(self, name: str, step: int, is_last: bool, values: np.ndarray) -> np.ndarray:
         """The values, or NaN in a frame that goes without them; a replica's last frame before a stop has all."""
-        found = _as_computed(values)
-        return found if is_last or step % self.every.get(name, 1) == 0 else np.full_like(found, np.nan)
+        is_due = is_last or step % self.every.get(name, 1) == 0
+        return values if is_due else np.full_like(values, np.nan)
 
     def _record_last(self, before: Motion, stopped: Sequence[int]) -> None:
         """The frame before the step in which a guard stopped the replica."""
