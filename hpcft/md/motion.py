@@ -69,7 +69,7 @@ class Motion:
     def _tensor(self, values: np.ndarray) -> Tensor:
         return moved_to(self._device, torch.as_tensor(values), self._dtype)
 
-    def _per_atom(self, values: Sequence[float]) -> Tensor:
+    def _per_atom(self, values: Sequence[float] | np.ndarray) -> Tensor:
         return self._tensor(np.repeat(np.asarray(values, dtype=float), np.diff(self.offsets)))[:, None]
 
     def _movable(self) -> Tensor | None:

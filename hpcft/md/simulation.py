@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
+from hpcft.errors import UserError
 from hpcft.md.motion import Motion
 from hpcft.md.replica import Replica
 from hpcft.md.settings import Dynamics, Guards
@@ -70,6 +72,22 @@ class _Recorder:
         )
 
 
+class _Begun:
+    """Where a replica and its frames stood when its batch began: positions are only written back at the end of one."""
+
+    def __init__(self, replica: Replica, recorder: _Recorder) -> None:
+        self._replica, self._recorder = replica, recorder
+        self._counters = {name: getattr(replica, name) for name in ("step", "time_fs", "stopped", "volume")}
+        self._random = replica.random.bit_generator.state
+        self._rows = {name: list(values) for name, values in recorder.rows.items()}
+
+    def go_back(self) -> None:
+        for name, value in self._counters.items():
+            setattr(self._replica, name, value)
+        self._replica.random.bit_generator.state = self._random
+        self._recorder.rows = self._rows
+
+
 class Simulation:
     """Runs replicas side by side; each has its own random stream, so the packing changes only rounding.
 
@@ -78,6 +96,7 @@ class Simulation:
 
     `dynamics`: one for all replicas, or one for each. `observe`: what else is written down of each frame, from the graph of the
     batch, [r, ...] by name. At most `max_atoms` atoms are in the batch at once (default: all): what ends makes room for the next.
+    Where a GPU's memory does not take them, half of them are tried; UserError for a single replica that does not fit.
     `keep_last`: of a replica that a guard stops, the last frame before is kept, marked `at_stop`.
     `every`: of velocities and forces, where not all frames have them, the steps between two that do.
     """
@@ -130,10 +149,33 @@ class Simulation:
         while waiting or batch:
             admitted = self._that_fit(waiting, batch)
             batch, waiting = [*batch, *admitted], waiting[len(admitted) :]
-            done = self._run_batch(batch, min(left[number] for number in batch), left, num_steps, frame_every)
+            begun = [
+                _Begun(self.replicas[number], self._recorders[self.replicas[number].index])
+                for number in batch
+            ]
+            try:
+                done = self._run_batch(
+                    batch, min(left[number] for number in batch), left, num_steps, frame_every
+                )
+            except torch.OutOfMemoryError as error:
+                self._make_room(batch, error)
+                for one in begun:
+                    one.go_back()
+                batch, waiting = [], [*batch, *waiting]
+                continue
             for number in batch:
                 left[number] -= done
             batch = [number for number in batch if left[number] and not self.replicas[number].stopped]
+
+    def _make_room(self, batch: Sequence[int], error: torch.OutOfMemoryError) -> None:
+        """Smaller batches from now on; UserError where one replica alone was too much."""
+        if len(batch) == 1:
+            replica = self.replicas[batch[0]]
+            raise UserError(
+                f"replica {replica.index}, of {len(replica.atoms)} atoms, does not fit into the memory of the GPU; use a smaller "
+                "cell, another precision or a GPU with more memory"
+            ) from error
+        self.max_atoms = sum(len(self.replicas[number].atoms) for number in batch) // 2
 
     def _that_fit(self, waiting: Sequence[int], batch: Iterable[int]) -> list[int]:
         """The next replicas, as many as there is room for; one at least where nothing is in the batch."""

@@ -78,13 +78,15 @@ class VerletList:
             if here.cell_b33 is self.listed.cell_b33:
                 moved = (here.positions_n3 - self.listed.positions_n3).norm(dim=-1).max()
                 # Also where a replica is no longer finite: the others go on.
-                return moved < 0.5 * self.skin
+                is_complete: Tensor = moved < 0.5 * self.skin
+                return is_complete
             # Unchecked, as the check would wait for the GPU: a cell without volume gives what is not finite.
             deformation_b33, _ = torch.linalg.solve_ex(self.listed.cell_b33, here.cell_b33)
             affine = torch.einsum("ni,nij->nj", self.listed.positions_n3, deformation_b33[here.structure_n])
             moved_n = (here.positions_n3 - affine).norm(dim=-1)
             shrink_n = torch.linalg.svdvals(deformation_b33)[:, -1][here.structure_n]
-            return ((self.cutoff + self.skin) * shrink_n - 2 * moved_n > self.cutoff).all()
+            is_complete = ((self.cutoff + self.skin) * shrink_n - 2 * moved_n > self.cutoff).all()
+            return is_complete
 
 
 def _detached(graph: Graph) -> Graph:

@@ -188,7 +188,9 @@ class Coordinates:
         if not self.with_cell:
             return forces_r3
         identity = torch.eye(3, dtype=rows_r3.dtype, device=rows_r3.device)
-        inverse_b33, _ = torch.linalg.inv_ex(identity + self._strains(rows_r3))  # a check would wait for a GPU
+        inverse_b33, _ = torch.linalg.inv_ex(
+            identity + self._strains(rows_r3)
+        )  # a check would wait for a GPU
         return torch.einsum("ni,nij->nj", forces_r3[self._rows_of_atoms], inverse_b33[self.start.structure_n])
 
     def largest_force(self, rows_r3: Tensor, forces_r3: Tensor) -> Tensor:

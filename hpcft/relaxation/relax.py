@@ -60,7 +60,8 @@ def relax(
 
     At most `max_atoms` atoms are in the batch at once (default: all). Fixed atoms (ASE's FixAtoms) stay; UserError for
     another constraint, ValueError for an optimiser that does not exist. `on_done` is told the number and the result of each
-    structure when it ends. A structure whose forces are not finite, or whose cell collapses, ends at once.
+    structure when it ends. A structure whose forces are not finite, or whose cell collapses, ends at once. What a GPU's memory
+    does not take starts again in smaller batches; torch.OutOfMemoryError for a structure that does not fit alone.
     """
     if isinstance(optimiser, str):
         if optimiser not in OPTIMISERS:
@@ -74,7 +75,17 @@ def relax(
         coming = _that_fit(waiting, structures, batch.num_atoms, max_atoms)
         waiting = waiting[len(coming) :]
         batch.admit(coming)
-        for number, relaxed in batch.step(fmax, max_stress, max_steps):
+        ended: list[tuple[int, Relaxed]] | None = None
+        try:
+            ended = batch.step(fmax, max_stress, max_steps)
+        except torch.OutOfMemoryError:
+            if len(batch.numbers) == 1:
+                raise
+        if ended is None:  # out here, where the error keeps no memory any more
+            max_atoms = batch.num_atoms // 2
+            waiting = [*batch.give_back(max_atoms), *waiting]
+            continue
+        for number, relaxed in ended:
             results[number] = relaxed
             if on_done is not None:
                 on_done(number, relaxed)
@@ -142,6 +153,14 @@ class _Batch:
         self.energies_start += [float("nan")] * len(coming)
         self.coordinates, self.rows, self.state, self.neighbours = new, rows, state, neighbours
 
+    def give_back(self, max_atoms: int) -> list[int]:
+        """Let go of all beyond so many atoms, but for the first structure; returns their numbers."""
+        ends = np.cumsum([len(self.structures[number]) for number in self.numbers])
+        num_staying = max(1, int(np.searchsorted(ends, max_atoms, side="right")))
+        going = self.numbers[num_staying:]
+        self._keep(list(range(num_staying)))
+        return going
+
     def step(self, fmax: float, max_stress: float, max_steps: int) -> list[tuple[int, Relaxed]]:
         """One step of all; those that end here leave with their results."""
         coordinates = self.coordinates
@@ -160,8 +179,7 @@ class _Batch:
             for energy, num_steps, before in zip(energies, self.num_steps, self.energies_start, strict=True)
         ]
         done = [
-            bool(over) or num_steps >= max_steps
-            for over, num_steps in zip(ends, self.num_steps, strict=True)
+            bool(over) or num_steps >= max_steps for over, num_steps in zip(ends, self.num_steps, strict=True)
         ]
         finished = []
         if any(done):
