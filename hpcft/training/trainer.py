@@ -372,8 +372,15 @@ class Trainer:
             is_last = number == len(pieces) - 1
             alone = isinstance(self.wrapped, DistributedDataParallel) and not is_last
             with self.wrapped.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
-                loss, parts = self.wrapped(*piece)
-                loss.backward()
+                try:
+                    loss, parts = self.wrapped(*piece)
+                    loss.backward()
+                except torch.OutOfMemoryError as error:
+                    at_once = self.settings.max_edges or "a whole share of a batch"
+                    raise UserError(
+                        f"this step does not fit into the memory of the GPU; set train.max_edges lower ({at_once} is computed at "
+                        "once now), or a relaxation's batch_size and steps"
+                    ) from error
             self.objective.count_left_out(parts)
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums[name] + value if name in sums else value
