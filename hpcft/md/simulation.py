@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 
 from hpcft.errors import UserError
 from hpcft.md.motion import Motion
+from hpcft.md.recorder import Begun, Recorder
 from hpcft.md.replica import Replica
 from hpcft.md.settings import Dynamics, Guards
 from hpcft.models.graph import Graph
@@ -22,7 +21,6 @@ Observe = Callable[[Graph], dict[str, np.ndarray]]
 AT_STOP = "at_stop"
 # Larger than any number that is one.
 _HUGE = float(np.finfo(float).max)
-_FIXED = {"step", "time_fs", "positions", "velocities", "forces", "cell", "energy", "temperature"}
 
 
 def together(observers: Sequence[Observe]) -> Observe:
@@ -32,60 +30,6 @@ def together(observers: Sequence[Observe]) -> Observe:
         return {name: values for one in observers for name, values in one(graph).items()}
 
     return observe
-
-
-@dataclass
-class _Recorder:
-    """Frames of one replica while a segment runs."""
-
-    rows: dict[str, list[Any]] = field(default_factory=dict)
-
-    def add(self, **values: Any) -> None:
-        for name, value in values.items():
-            self.rows.setdefault(name, []).append(value)
-
-    def has(self, step: int) -> bool:
-        return bool(self.rows.get("step", [None])[-1] == step)
-
-    def block(self, replica: Replica) -> FrameBlock:
-        count = len(self.rows.get("step", []))
-        n = len(replica.atoms)
-        vector, box = (count, n, 3), (count, 3, 3)
-
-        def column(name: str, shape: tuple[int, ...], dtype: type | None = float) -> np.ndarray:
-            return np.asarray(self.rows.get(name, []), dtype=dtype).reshape(shape)
-
-        return FrameBlock(
-            replica=replica.index,
-            numbers=replica.atoms.numbers.copy(),
-            masses=replica.atoms.get_masses(),
-            pbc=np.asarray(replica.atoms.pbc),
-            step=column("step", (count,), int),
-            time_fs=column("time_fs", (count,)),
-            positions=column("positions", vector, None),
-            velocities=column("velocities", vector, None),
-            forces=column("forces", vector, None),
-            cell=column("cell", box),
-            potential_energy=column("energy", (count,)),
-            temperature_K=column("temperature", (count,)),
-            observables={name: np.asarray(v) for name, v in self.rows.items() if name not in _FIXED},
-        )
-
-
-class _Begun:
-    """Where a replica and its frames stood when its batch began: positions are only written back at the end of one."""
-
-    def __init__(self, replica: Replica, recorder: _Recorder) -> None:
-        self._replica, self._recorder = replica, recorder
-        self._counters = {name: getattr(replica, name) for name in ("step", "time_fs", "stopped", "volume")}
-        self._random = replica.random.bit_generator.state
-        self._rows = {name: list(values) for name, values in recorder.rows.items()}
-
-    def go_back(self) -> None:
-        for name, value in self._counters.items():
-            setattr(self._replica, name, value)
-        self._replica.random.bit_generator.state = self._random
-        self._recorder.rows = self._rows
 
 
 class Simulation:
@@ -120,7 +64,7 @@ class Simulation:
         self.observe = observe
         self.max_atoms, self.keep_last = max_atoms, keep_last
         self.every = dict(every or {})
-        self._recorders: dict[int, _Recorder] = {}
+        self._recorders: dict[int, Recorder] = {}
         self._begun_at: dict[int, int] = {}
 
     @property
@@ -129,7 +73,7 @@ class Simulation:
 
     def run(self, num_steps: int, frame_every: int) -> list[FrameBlock]:
         """Advance all running replicas; returns every `frame_every`-th frame of each that has one."""
-        self._recorders = {replica.index: _Recorder() for replica in self.replicas}
+        self._recorders = {replica.index: Recorder() for replica in self.replicas}
         self._begun_at = {replica.index: replica.step for replica in self.replicas}
         # A barostat needs the stress, and a cell: those with one run by themselves.
         for has_barostat in (False, True):
@@ -150,8 +94,7 @@ class Simulation:
             admitted = self._that_fit(waiting, batch)
             batch, waiting = [*batch, *admitted], waiting[len(admitted) :]
             begun = [
-                _Begun(self.replicas[number], self._recorders[self.replicas[number].index])
-                for number in batch
+                Begun(self.replicas[number], self._recorders[self.replicas[number].index]) for number in batch
             ]
             try:
                 done = self._run_batch(
