@@ -10,9 +10,8 @@ import pytest
 import torch
 from ase import Atoms
 from ase.constraints import FixAtoms
-from conftest import alloy
 from pretended_gpu import DEVICE, MixedDevices, pretended_gpu, waits_a_step
-from small_models import small_mace, small_morse
+from small_models import alloy, small_mace, small_morse
 
 from hpcft.md import Dynamics, Ramp, Replica, Simulation, thermal_velocities
 from hpcft.md.motion import Motion

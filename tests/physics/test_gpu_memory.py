@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import alloy
-from small_models import small_morse
+from small_models import alloy, small_morse
 
 from hpcft.errors import UserError
 from hpcft.md import Dynamics, Replica, Simulation, thermal_velocities
