@@ -22,9 +22,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _setup_privateuseone_for_python_backend,
+)
 
-_setup_privateuseone_for_python_backend("pretended")
+
+class _Backend(_DummyBackendModule):
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        """Asked by torch's checkpointing, in the same process on the processor too."""
+        return []
+
+
+_setup_privateuseone_for_python_backend("pretended", _Backend())
 DEVICE = torch.device("pretended", 0)
 
 # Whose result's size or value the processor needs, and how often it waits for it.

@@ -147,10 +147,9 @@ def test_relaxations_go_the_same_way(optimiser: str, with_cell: bool) -> None:
     on_both(compute)
 
 
-# Not `checkpoint`: its forward pass ends the process with tensors that are Python's own.
 @pytest.mark.parametrize(
     ("engine", "with_cell"),
-    [("plain", False), ("adjoint", True), ("finite-difference", False), ("implicit", False)],
+    [("plain", False), ("checkpoint", False), ("adjoint", True), ("finite-difference", False), ("implicit", False)],
 )
 def test_the_gradient_of_a_relaxation_is_that_of_the_processor(engine: str, with_cell: bool) -> None:
     def compute(model: Any) -> Sequence[Any]:
