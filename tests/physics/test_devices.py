@@ -149,7 +149,13 @@ def test_relaxations_go_the_same_way(optimiser: str, with_cell: bool) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "with_cell"),
-    [("plain", False), ("checkpoint", False), ("adjoint", True), ("finite-difference", False), ("implicit", False)],
+    [
+        ("plain", False),
+        ("checkpoint", False),
+        ("adjoint", True),
+        ("finite-difference", False),
+        ("implicit", False),
+    ],
 )
 def test_the_gradient_of_a_relaxation_is_that_of_the_processor(engine: str, with_cell: bool) -> None:
     def compute(model: Any) -> Sequence[Any]:
