@@ -1,6 +1,6 @@
 """What training costs: beside mace's own program, on two ranks beside one, and what its checkpoints take of it.
 
-    python benchmarks/train.py [--json FILE] [--quick] [--only mace|ddp|checkpoint]
+    python benchmarks/train.py [--json FILE] [--quick] [--only mace|ddp|checkpoint] [--device cpu|cuda] [--repetitions N]
 
 Cu-Ag cells of 32 atoms labelled with EMT, a small MACE that has seen a few of them, float64, one thread a process.
 
@@ -24,6 +24,8 @@ of unequal shares.
 
 checkpoint: the seconds of `Trainer.checkpoint` and `save_checkpoint`, which ends with fsync, as a share of an epoch's.
 
+On a GPU (`--device`) only `mace` is measured there; its programs' memory is then not the peak that counts.
+
 Ratios are medians over repetitions, each with its range. Seconds are medians over all epochs.
 """
 
@@ -39,7 +41,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -88,8 +90,8 @@ from hpcft.training.fine_tune import Request, fine_tune
 
 keep_freed_memory()
 torch.set_num_threads(1)
-model, train, valid, folder, settings = map(Path, sys.argv[1:])
-request = Request(model, [train], [valid], folder, load_training(settings), "cpu")
+model, train, valid, folder, settings = map(Path, sys.argv[1:6])
+request = Request(model, [train], [valid], folder, load_training(settings), sys.argv[6])
 fine_tune(request, on_row=lambda row: print(f"Epoch {row['epoch']:.0f}:", flush=True))
 """
 EPOCH = re.compile(r"\bEpoch \d+:")
@@ -128,7 +130,7 @@ def hpcft_program(folder: Path, size: Size, seed: int) -> Program:
     }
     (here / "settings.yaml").write_text(json.dumps(settings))  # JSON is YAML too
     files = [folder / "foundation.pt", folder / "train.extxyz", folder / "valid.extxyz", here / "out"]
-    arguments = [str(path) for path in [*files, here / "settings.yaml"]]
+    arguments = [str(path) for path in [*files, here / "settings.yaml", size.device]]
     return Program([sys.executable, "-W", "ignore", "-c", FINE_TUNE, *arguments], here / "out" / "model.pt")
 
 
@@ -144,7 +146,7 @@ def mace_program(folder: Path, size: Size, seed: int) -> Program:
         "train_file": folder / "train.extxyz",
         "valid_file": folder / "valid.extxyz",
         "default_dtype": "float64",
-        "device": "cpu",
+        "device": size.device,
         "batch_size": BATCH_SIZE,
         "valid_batch_size": VALIDATED_TOGETHER,
         "max_num_epochs": size.epochs,
@@ -457,15 +459,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures, as one object")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few data, to see that it runs")
     parser.add_argument("--only", choices=MEASURES, help="one of the three measurements")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repetitions", type=int, metavar="N", help="instead of 3, or of 1 with --quick")
     options = parser.parse_args()
     torch.set_num_threads(1)
     log = Console(stderr=True)
+    size = replace(QUICK if options.quick else FULL, device=options.device)
+    size = replace(size, repetitions=options.repetitions or size.repetitions)
     parts = [options.only] if options.only else list(MEASURES)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript's
-        found = measure_all(
-            QUICK if options.quick else FULL, parts, lambda line: log.print(line, style="dim")
-        )
+        found = measure_all(size, parts, lambda line: log.print(line, style="dim"))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
     console = Console()

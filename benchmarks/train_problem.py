@@ -48,6 +48,7 @@ class Size:
     pretraining_steps: int
     epochs: int
     repetitions: int
+    device: str = "cpu"
 
 
 FULL = Size("32x0e", 3, 32, 200, 40, 40, 60, 5, 3)
@@ -132,8 +133,8 @@ def configuration(size: Size, seen: Sequence[Atoms]) -> dict[str, Any]:
     }
 
 
-def labels_of(folder: Path, name: str) -> LabelledSet:
-    return LabelledSet(read(folder / f"{name}.extxyz", ":"), CUTOFF, torch.float64)
+def labels_of(folder: Path, name: str, dtype: torch.dtype = torch.float64) -> LabelledSet:
+    return LabelledSet(read(folder / f"{name}.extxyz", ":"), CUTOFF, dtype)
 
 
 def errors_on_validation(folder: Path, model: Path) -> dict[str, float]:
@@ -143,5 +144,5 @@ def errors_on_validation(folder: Path, model: Path) -> dict[str, float]:
     if model.suffix == ".pt":
         potential = load_model(model)
     else:  # a pickle, but one that we have made
-        potential = MacePotential(torch.load(model, weights_only=False))
+        potential = MacePotential(torch.load(model, map_location="cpu", weights_only=False))
     return errors_of(potential, labels_of(folder, "valid"), weights=WEIGHTS)

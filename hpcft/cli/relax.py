@@ -270,7 +270,8 @@ def _relax_all(
             pass
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"{options['max_atoms']} atoms together are too many for the memory of the GPU; set --batch-atoms lower"
+                "a structure alone does not fit into the memory of the GPU; use --precision float32, a GPU with more memory, or "
+                "smaller structures"
             ) from error
         finally:
             signal.signal(signal.SIGTERM, polite_end)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from ase import units
-from torch import Tensor
+import torch
 
+from hpcft.errors import UserError
 from hpcft.md.motion import Motion
+from hpcft.md.recorder import Begun, Recorder
 from hpcft.md.replica import Replica
 from hpcft.md.settings import Dynamics, Guards
 from hpcft.models.graph import Graph
@@ -20,7 +19,8 @@ from hpcft.storage.frames import FrameBlock
 Observe = Callable[[Graph], dict[str, np.ndarray]]
 # Marks the last frame of a replica that a guard has stopped: what fine-tuning needs most.
 AT_STOP = "at_stop"
-_FIXED = {"step", "time_fs", "positions", "velocities", "forces", "cell", "energy", "temperature"}
+# Larger than any number that is one.
+_HUGE = float(np.finfo(float).max)
 
 
 def together(observers: Sequence[Observe]) -> Observe:
@@ -32,49 +32,6 @@ def together(observers: Sequence[Observe]) -> Observe:
     return observe
 
 
-@dataclass
-class _Recorder:
-    """Frames of one replica while a segment runs."""
-
-    rows: dict[str, list[Any]] = field(default_factory=dict)
-
-    def add(self, **values: Any) -> None:
-        for name, value in values.items():
-            self.rows.setdefault(name, []).append(value)
-
-    def has(self, step: int) -> bool:
-        return bool(self.rows.get("step", [None])[-1] == step)
-
-    def block(self, replica: Replica) -> FrameBlock:
-        count = len(self.rows.get("step", []))
-        n = len(replica.atoms)
-        vector, box = (count, n, 3), (count, 3, 3)
-
-        def column(name: str, shape: tuple[int, ...], dtype: type | None = float) -> np.ndarray:
-            return np.asarray(self.rows.get(name, []), dtype=dtype).reshape(shape)
-
-        return FrameBlock(
-            replica=replica.index,
-            numbers=replica.atoms.numbers.copy(),
-            masses=replica.atoms.get_masses(),
-            pbc=np.asarray(replica.atoms.pbc),
-            step=column("step", (count,), int),
-            time_fs=column("time_fs", (count,)),
-            positions=column("positions", vector, None),
-            velocities=column("velocities", vector, None),
-            forces=column("forces", vector, None),
-            cell=column("cell", box),
-            potential_energy=column("energy", (count,)),
-            temperature_K=column("temperature", (count,)),
-            observables={name: np.asarray(v) for name, v in self.rows.items() if name not in _FIXED},
-        )
-
-
-def _as_computed(tensor: Tensor) -> np.ndarray:
-    """In the precision of the run: a file of float32 dynamics has half the size and loses nothing."""
-    return np.asarray(tensor.detach().cpu().numpy())
-
-
 class Simulation:
     """Runs replicas side by side; each has its own random stream, so the packing changes only rounding.
 
@@ -83,6 +40,7 @@ class Simulation:
 
     `dynamics`: one for all replicas, or one for each. `observe`: what else is written down of each frame, from the graph of the
     batch, [r, ...] by name. At most `max_atoms` atoms are in the batch at once (default: all): what ends makes room for the next.
+    Where a GPU's memory does not take them, half of them are tried; UserError for a single replica that does not fit.
     `keep_last`: of a replica that a guard stops, the last frame before is kept, marked `at_stop`.
     `every`: of velocities and forces, where not all frames have them, the steps between two that do.
     """
@@ -106,7 +64,7 @@ class Simulation:
         self.observe = observe
         self.max_atoms, self.keep_last = max_atoms, keep_last
         self.every = dict(every or {})
-        self._recorders: dict[int, _Recorder] = {}
+        self._recorders: dict[int, Recorder] = {}
         self._begun_at: dict[int, int] = {}
 
     @property
@@ -115,7 +73,7 @@ class Simulation:
 
     def run(self, num_steps: int, frame_every: int) -> list[FrameBlock]:
         """Advance all running replicas; returns every `frame_every`-th frame of each that has one."""
-        self._recorders = {replica.index: _Recorder() for replica in self.replicas}
+        self._recorders = {replica.index: Recorder() for replica in self.replicas}
         self._begun_at = {replica.index: replica.step for replica in self.replicas}
         # A barostat needs the stress, and a cell: those with one run by themselves.
         for has_barostat in (False, True):
@@ -135,10 +93,32 @@ class Simulation:
         while waiting or batch:
             admitted = self._that_fit(waiting, batch)
             batch, waiting = [*batch, *admitted], waiting[len(admitted) :]
-            done = self._run_batch(batch, min(left[number] for number in batch), left, num_steps, frame_every)
+            begun = [
+                Begun(self.replicas[number], self._recorders[self.replicas[number].index]) for number in batch
+            ]
+            try:
+                done = self._run_batch(
+                    batch, min(left[number] for number in batch), left, num_steps, frame_every
+                )
+            except torch.OutOfMemoryError as error:
+                self._make_room(batch, error)
+                for one in begun:
+                    one.go_back()
+                batch, waiting = [], [*batch, *waiting]
+                continue
             for number in batch:
                 left[number] -= done
             batch = [number for number in batch if left[number] and not self.replicas[number].stopped]
+
+    def _make_room(self, batch: Sequence[int], error: torch.OutOfMemoryError) -> None:
+        """Smaller batches from now on; UserError where one replica alone was too much."""
+        if len(batch) == 1:
+            replica = self.replicas[batch[0]]
+            raise UserError(
+                f"replica {replica.index}, of {len(replica.atoms)} atoms, does not fit into the memory of the GPU; use a smaller "
+                "cell, another precision or a GPU with more memory"
+            ) from error
+        self.max_atoms = sum(len(self.replicas[number].atoms) for number in batch) // 2
 
     def _that_fit(self, waiting: Sequence[int], batch: Iterable[int]) -> list[int]:
         """The next replicas, as many as there is room for; one at least where nothing is in the batch."""
@@ -187,9 +167,23 @@ class Simulation:
             replica.volume = replica.volume or float(volume)
 
     def _causes(self, motion: Motion) -> list[str]:
+        """Of each replica; looked at one by one only where all are not plainly sound."""
+        signs, guards = motion.vital_signs(), self.guards
+        temperature, distance, force, volume = signs
+        before = np.array([replica.volume for replica in motion.batch])
+        change = np.where(before > 0, volume, 1.0) / np.where(before > 0, before, 1.0)
+        is_sound = (
+            (temperature <= min(guards.max_temperature_K, _HUGE))
+            & (distance >= guards.min_distance)
+            & (force <= min(guards.max_force, _HUGE))
+            & (1 / guards.max_volume_change < change)
+            & (change < guards.max_volume_change)
+        )
+        if is_sound.all():
+            return [""] * len(is_sound)
         return [
-            self._cause(signs, replica.volume)
-            for replica, signs in zip(motion.batch, motion.vital_signs().T, strict=True)
+            self._cause(of_replica, replica.volume)
+            for replica, of_replica in zip(motion.batch, signs.T, strict=True)
         ]
 
     def _cause(self, signs: np.ndarray, volume_before: float) -> str:
@@ -213,7 +207,7 @@ class Simulation:
 
     def _record(self, motion: Motion, chosen: Sequence[int], *, ended: bool = False) -> None:
         observed = self.observe(motion.graph) if self.observe else {}
-        temperature_r = motion.temperature_r().cpu().numpy()
+        frame, cells = motion.frame(), motion.cells()
         for r in chosen:
             replica, rows = motion.batch[r], motion.rows(r)
             step = replica.step - ended
@@ -226,20 +220,20 @@ class Simulation:
             self._recorders[replica.index].add(
                 step=step,
                 time_fs=step * motion.dynamics[r].timestep,
-                positions=_as_computed(motion.graph.positions_n3[rows]),
-                velocities=self._if_due("velocities", step, is_last, motion.velocities_n3[rows] * units.fs),
-                forces=self._if_due("forces", step, is_last, motion.evaluation.forces_n3[rows]),
-                cell=motion.cell(r),
-                energy=float(motion.evaluation.energies_b[r]),
-                temperature=float(temperature_r[r]),
+                positions=frame.positions_n3[rows],
+                velocities=self._if_due("velocities", step, is_last, frame.velocities_n3[rows]),
+                forces=self._if_due("forces", step, is_last, frame.forces_n3[rows]),
+                cell=cells[r],
+                energy=float(frame.energies_r[r]),
+                temperature=float(frame.temperature_r[r]),
                 **values,
                 **mark,
             )
 
-    def _if_due(self, name: str, step: int, is_last: bool, values: Tensor) -> np.ndarray:
+    def _if_due(self, name: str, step: int, is_last: bool, values: np.ndarray) -> np.ndarray:
         """The values, or NaN in a frame that goes without them; a replica's last frame before a stop has all."""
-        found = _as_computed(values)
-        return found if is_last or step % self.every.get(name, 1) == 0 else np.full_like(found, np.nan)
+        is_due = is_last or step % self.every.get(name, 1) == 0
+        return values if is_due else np.full_like(values, np.nan)
 
     def _record_last(self, before: Motion, stopped: Sequence[int]) -> None:
         """The frame before the step in which a guard stopped the replica."""

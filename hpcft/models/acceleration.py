@@ -18,8 +18,11 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 TF32_TOLERANCE = 1e-2
 
 
-def has_cuequivariance() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("cuequivariance", "cuequivariance_torch"))
+def has_cuequivariance(device: str = "cpu") -> bool:
+    """Whether its packages are installed, on a GPU with the kernels that are a package of their own."""
+    names = ["cuequivariance", "cuequivariance_torch"]
+    names += ["cuequivariance_ops_torch"] if device == "cuda" else []
+    return all(importlib.util.find_spec(name) for name in names)
 
 
 def use_cuequivariance(potential: Potential, graph: Graph) -> float:
@@ -31,7 +34,8 @@ def use_cuequivariance(potential: Potential, graph: Graph) -> float:
     from hpcft.models.mace import default_dtype
 
     holder = _holder(potential)
-    if not has_cuequivariance():
+    device = graph.positions_n3.device
+    if not has_cuequivariance(device.type):
         raise UserError(
             "acceleration: cuequivariance needs the packages cuequivariance and cuequivariance-torch (and on a GPU "
             "cuequivariance-ops-torch); install them, or write acceleration: auto"
@@ -46,14 +50,17 @@ def use_cuequivariance(potential: Potential, graph: Graph) -> float:
             warnings.simplefilter("ignore")
             from mace.cli.convert_e3nn_cueq import run
 
-            holder.model = run(wanted, device=graph.positions_n3.device.type)
-    except (RuntimeError, NotImplementedError, ValueError, KeyError, IndexError) as error:
+            # It asks for a kind of device, by which it chooses kernels, and would put the model on the first of that kind.
+            holder.model = run(wanted, device=device.type).to(device)
+        found = evaluate(potential, graph).forces_n3
+    except (RuntimeError, ImportError, ValueError, KeyError, IndexError) as error:
+        holder.model = wanted
         raise UserError(
             f"this model cannot be turned into cuEquivariance's kernels ({error}); write acceleration: none"
         ) from error
     finally:
         fuse(wanted)
-    deviation = _relative(evaluate(potential, graph).forces_n3, before)
+    deviation = _relative(found, before)
     if not deviation <= TOLERANCE[dtype_of(potential)]:
         holder.model = wanted
         raise UserError(

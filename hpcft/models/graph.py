@@ -54,7 +54,9 @@ class Graph:
 
     @property
     def num_atoms_b(self) -> Tensor:
-        return torch.bincount(self.structure_n, minlength=self.num_structures)
+        # Not by bincount, for whose result a GPU and the processor wait for each other twice.
+        zeros = torch.zeros(self.num_structures, dtype=torch.int64, device=self.structure_n.device)
+        return zeros.index_add(0, self.structure_n, torch.ones_like(self.structure_n))
 
     @property
     def num_bytes(self) -> int:
@@ -141,15 +143,17 @@ class Graph:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Graph:
         """Move all tensors; `dtype` applies to the floating-point ones. To a GPU they go while the processor works on."""
-        to_gpu = torch.device(device).type == "cuda" and self.positions_n3.device.type == "cpu"
-        moved = {}
-        for name, tensor in self.tensors().items():
-            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            tensor = tensor.to(kind)
-            if to_gpu:
-                tensor = tensor.pin_memory()
-            moved[name] = tensor.to(device=device, non_blocking=to_gpu)
+        moved = {name: moved_to(device, tensor, dtype) for name, tensor in self.tensors().items()}
         return replace(self, **moved, known=None)
+
+
+def moved_to(device: torch.device | str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor on a device; `dtype` applies to a floating-point one. To a GPU it goes while the processor works on."""
+    kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    if torch.device(device).type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device=device, dtype=kind)
+    # Torch keeps pinned memory until the copy from it has ended, whoever lets go of it before.
+    return tensor.to(kind).pin_memory().to(device, non_blocking=True)
 
 
 def find_edges(
@@ -233,9 +237,9 @@ def rebuild_edges(graph: Graph, cutoff: float) -> Graph:
     shifts = np.concatenate([e[2] for e in edges]).reshape(-1, 3)
     return replace(
         graph,
-        senders_e=torch.from_numpy(senders).to(device),
-        receivers_e=torch.from_numpy(receivers).to(device),
-        shifts_e3=torch.from_numpy(shifts).to(device, graph.positions_n3.dtype),
+        senders_e=moved_to(device, torch.from_numpy(senders)),
+        receivers_e=moved_to(device, torch.from_numpy(receivers)),
+        shifts_e3=moved_to(device, torch.from_numpy(shifts), graph.positions_n3.dtype),
     )
 
 

@@ -18,6 +18,9 @@ from hpcft.models.libraries import extract_config_mace_model, mace_modules, o3
 # TorchScript's profiling runs make the first calls of a process up to a second slow, and let the order of
 # fusion decisions depend on them.
 torch._C._jit_set_profiling_executor(False)
+# Without profiling TorchScript falls back on a fuser of its early days, which writes CUDA source for each device at run
+# time and which nobody maintains; on a CPU it does nothing.
+torch._C._jit_override_can_fuse_on_gpu(False)
 
 _CLASSES = ("interaction_cls", "interaction_cls_first", "readout_cls")
 _IRREPS = ("hidden_irreps", "MLP_irreps", "edge_irreps")
@@ -65,7 +68,7 @@ class MacePotential(torch.nn.Module):
         # Detached first: MACE turns `requires_grad` on in place, and the caller's positions would keep it.
         with torch.no_grad():
             features = self._forward(graph.with_positions(graph.positions_n3.detach()))["node_feats"]
-        return features[:, self._scalar_columns()].detach()
+        return features[:, self._scalar_columns().to(features.device)].detach()
 
     def _scalar_columns(self) -> Tensor:
         columns: list[int] = []

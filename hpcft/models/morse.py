@@ -45,6 +45,8 @@ class MorsePotential(torch.nn.Module):
         index = torch.full((max(elements) + 1,), -1, dtype=torch.int64)
         index[torch.tensor(list(elements))] = torch.arange(count)
         self.register_buffer("_element_index", index, persistent=False)
+        # Of the atoms seen last: those of a run are the same in all its steps.
+        self._latest: tuple[Tensor, Tensor] | None = None
         self.log_depth = torch.nn.Parameter(torch.full((count,), math.log(depth)))
         self.log_width = torch.nn.Parameter(torch.full((count,), math.log(width)))
         self.length = torch.nn.Parameter(torch.full((count,), length))
@@ -59,15 +61,22 @@ class MorsePotential(torch.nn.Module):
         return tuple(self._configuration["elements"])  # type: ignore[arg-type]
 
     def energies(self, graph: Graph) -> Tensor:
-        element_n = self._element_index[graph.numbers_n]
-        if bool((element_n < 0).any()):  # -1 would silently be the last element
-            raise UserError(
-                f"a structure holds an element that the model does not know; it knows {self.elements}"
-            )
+        element_n = self._elements_of(graph.numbers_n)
         atomic_n = self.atomic_energy[element_n] + self._pair_sums(graph, element_n)
         return torch.zeros(graph.num_structures, dtype=atomic_n.dtype, device=atomic_n.device).index_add(
             0, graph.structure_n, atomic_n
         )
+
+    def _elements_of(self, numbers_n: Tensor) -> Tensor:
+        """Which of the model's elements each atom is; looked at once, as a GPU has to be waited for."""
+        if self._latest is None or self._latest[0] is not numbers_n:
+            element_n = self._element_index[numbers_n]
+            if bool((element_n < 0).any()):  # -1 would silently be the last element
+                raise UserError(
+                    f"a structure holds an element that the model does not know; it knows {self.elements}"
+                )
+            self._latest = numbers_n, element_n
+        return self._latest[1]
 
     def _pair_sums(self, graph: Graph, element_n: Tensor) -> Tensor:
         r = torch.linalg.vector_norm(graph.vectors_e3, dim=-1)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -73,12 +74,29 @@ class Coordinates:
     def num_structures(self) -> int:
         return self.start.num_structures
 
-    @property
+    # Once and for all, and rows by number: a GPU has to be waited for to read a tensor, or to index by a mask.
+
+    @cached_property
+    def _rows_of_atoms(self) -> Tensor:
+        """[n] row of each atom."""
+        return torch.nonzero(~self.is_cell_r).ravel()
+
+    @cached_property
+    def _rows_of_cells(self) -> Tensor:
+        """[3 b] rows of the strains."""
+        return torch.nonzero(self.is_cell_r).ravel()
+
+    @cached_property
+    def _movable_r1(self) -> Tensor | None:
+        """Which rows are free to move; None: all."""
+        if bool(self.movable_n.all()):
+            return None
+        return torch.ones_like(self.is_cell_r).index_copy(0, self._rows_of_atoms, self.movable_n)[:, None]
+
+    @cached_property
     def numbers_r(self) -> Tensor:
         """Atomic number of each row's atom, 0 for the rows of a strain, [r]."""
-        numbers = torch.zeros_like(self.structure_r)
-        numbers[~self.is_cell_r] = self.start.numbers_n
-        return numbers
+        return torch.zeros_like(self.structure_r).index_copy(0, self._rows_of_atoms, self.start.numbers_n)
 
     def first_rows(self) -> Tensor:
         """The rows of the start, [r, 3] Å; the atoms' keep their gradient."""
@@ -86,19 +104,19 @@ class Coordinates:
         if not self.with_cell:
             return positions
         zeros = positions.new_zeros(len(self.structure_r), 3)
-        return zeros.index_put((torch.nonzero(~self.is_cell_r).ravel(),), positions)
+        return zeros.index_put((self._rows_of_atoms,), positions)
 
     def positions_and_cells(self, rows_r3: Tensor) -> tuple[Tensor, Tensor]:
         """x [n, 3] and cells [b, 3, 3] in Å, differentiable in the rows."""
         if not self.with_cell:
             return rows_r3, self.start.cell_b33
         strain_b33 = self._strains(rows_r3)
-        positions = rows_r3[~self.is_cell_r]
+        positions = rows_r3[self._rows_of_atoms]
         positions = positions + torch.einsum("ni,nij->nj", positions, strain_b33[self.start.structure_n])
         return positions, self.start.cell_b33 + self.start.cell_b33 @ strain_b33
 
     def _strains(self, rows_r3: Tensor) -> Tensor:
-        raw_b33 = rows_r3[self.is_cell_r].reshape(-1, 3, 3) / self.scale_b[:, None, None]
+        raw_b33 = rows_r3[self._rows_of_cells].reshape(-1, 3, 3) / self.scale_b[:, None, None]
         return self.periodic_b33 @ (0.5 * (raw_b33 + raw_b33.transpose(1, 2))) @ self.periodic_b33
 
     def rows_at(self, positions_n3: Tensor, cell_b33: Tensor) -> Tensor:
@@ -109,8 +127,8 @@ class Coordinates:
         strain_b33 = change_b33 - torch.eye(3, dtype=change_b33.dtype, device=change_b33.device)
         back_n33 = torch.linalg.inv(change_b33)[self.start.structure_n]
         rows = positions_n3.new_zeros(len(self.structure_r), 3)
-        rows[~self.is_cell_r] = torch.einsum("ni,nij->nj", positions_n3, back_n33)
-        rows[self.is_cell_r] = (strain_b33 * self.scale_b[:, None, None]).reshape(-1, 3)
+        rows[self._rows_of_atoms] = torch.einsum("ni,nij->nj", positions_n3, back_n33)
+        rows[self._rows_of_cells] = (strain_b33 * self.scale_b[:, None, None]).reshape(-1, 3)
         return rows
 
     def graph_at(self, rows_r3: Tensor, listed: Graph, cutoff: float) -> Graph:
@@ -127,8 +145,7 @@ class Coordinates:
         """The list with its skin, complete at these rows; the list itself never changes, so that one can keep it."""
         with torch.no_grad():
             positions_n3, cell_b33 = self.positions_and_cells(rows_r3.detach())
-            neighbours.graph_at(positions_n3, cell_b33 if self.with_cell else None)
-        return neighbours.listed
+            return neighbours.list_at(positions_n3, cell_b33 if self.with_cell else None)
 
     def forces(
         self, potential: Potential, rows_r3: Tensor, listed: Graph, *, create_graph: bool = False
@@ -153,11 +170,7 @@ class Coordinates:
 
     def free(self, values_r3: Tensor) -> Tensor:
         """The same with zeros for fixed atoms."""
-        if bool(self.movable_n.all()):
-            return values_r3
-        movable_r = torch.ones_like(self.is_cell_r)
-        movable_r[~self.is_cell_r] = self.movable_n
-        return values_r3 * movable_r[:, None]
+        return values_r3 if self._movable_r1 is None else values_r3 * self._movable_r1
 
     def per_structure(self, values_r: Tensor) -> Tensor:
         """Sums over the rows of each structure, [b]."""
@@ -175,8 +188,10 @@ class Coordinates:
         if not self.with_cell:
             return forces_r3
         identity = torch.eye(3, dtype=rows_r3.dtype, device=rows_r3.device)
-        inverse_b33 = torch.linalg.inv(identity + self._strains(rows_r3))
-        return torch.einsum("ni,nij->nj", forces_r3[~self.is_cell_r], inverse_b33[self.start.structure_n])
+        inverse_b33, _ = torch.linalg.inv_ex(
+            identity + self._strains(rows_r3)
+        )  # a check would wait for a GPU
+        return torch.einsum("ni,nij->nj", forces_r3[self._rows_of_atoms], inverse_b33[self.start.structure_n])
 
     def largest_force(self, rows_r3: Tensor, forces_r3: Tensor) -> Tensor:
         """Largest force on an atom of each structure, [b] eV/Å; not finite where one is not."""
@@ -191,7 +206,7 @@ class Coordinates:
         """
         if not self.with_cell:
             return forces_r3.new_zeros(self.num_structures)
-        forces_b33 = forces_r3[self.is_cell_r].reshape(-1, 3, 3)
+        forces_b33 = forces_r3[self._rows_of_cells].reshape(-1, 3, 3)
         identity = torch.eye(3, dtype=rows_r3.dtype, device=rows_r3.device)
         lengths_b3, axes_b33 = torch.linalg.eigh(identity + self._strains(rows_r3))
         inverse_b3 = 1 / lengths_b3

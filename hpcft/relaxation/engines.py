@@ -163,11 +163,11 @@ class _Call:
         dtype, device = dtype_of(potential), self.listed.positions_n3.device
         return _Call(potential, self.coordinates.to(dtype), self.listed.to(device, dtype))
 
-    def parts(self) -> Iterator[tuple[Tensor, _Call]]:
+    def parts(self) -> Iterator[tuple[Tensor | slice, _Call]]:
         """Which rows ([r] bool), and the call for these alone; everything at once where it is not large, or on a GPU."""
         groups = self._groups()
         if len(groups) == 1:
-            yield torch.ones_like(self.coordinates.is_cell_r), self
+            yield slice(None), self
             return
         for group in groups:
             part = _Call(self.potential, self.coordinates.take(group), self.listed.take(group))
@@ -203,7 +203,7 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, vjp: Vjp, rows: Tensor, *parameters: Tensor) -> Tensor:
         ctx.call, ctx.vjp = call, vjp
         ctx.save_for_backward(rows, *parameters)
-        forces = torch.empty_like(rows)
+        forces, rows = torch.empty_like(rows), rows.detach()
         for here, part in call.parts():
             forces[here] = part.coordinates.forces(part.potential, rows[here], part.listed)
         return forces

@@ -75,6 +75,8 @@ class StepSize(torch.nn.Module):
             raise ValueError(f"the step size is {initial}; it must be positive (Å^2/eV)")
         self.elements = tuple(sorted(set(elements)))
         self.log_eta = torch.nn.Parameter(torch.full((max(1, len(self.elements)),), math.log(initial)))
+        # Of the rows seen last: those of a relaxation are the same in all its steps.
+        self._latest: tuple[Tensor, Tensor] | None = None
 
     def values(self) -> dict[str, list[float]]:
         """Elements and step sizes as plain numbers; see `from_values`."""
@@ -95,12 +97,18 @@ class StepSize(torch.nn.Module):
         """eta of each row, [r, 1], by its atomic number (0: a strain)."""
         if not self.elements:
             return self.log_eta.exp().expand(len(numbers_r))[:, None]
+        if self._latest is None or self._latest[0] is not numbers_r:
+            self._latest = numbers_r, self._index_of(numbers_r)
+        index = self._latest[1]
+        log_eta = torch.where(numbers_r == 0, self.log_eta.mean(), self.log_eta[index])
+        return log_eta.exp()[:, None]
+
+    def _index_of(self, numbers_r: Tensor) -> Tensor:
         known = torch.tensor(self.elements, device=numbers_r.device)
         index = torch.searchsorted(known, numbers_r).clamp_max(len(known) - 1)
         if not bool(((known[index] == numbers_r) | (numbers_r == 0)).all()):
             raise ValueError(f"the step size has a value for the elements {self.elements} only")
-        log_eta = torch.where(numbers_r == 0, self.log_eta.mean(), self.log_eta[index])
-        return log_eta.exp()[:, None]
+        return index
 
 
 @dataclass(frozen=True)

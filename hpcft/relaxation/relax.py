@@ -15,7 +15,7 @@ from ase.constraints import FixAtoms
 from torch import Tensor
 
 from hpcft.errors import UserError
-from hpcft.models.graph import concatenate
+from hpcft.models.graph import concatenate, moved_to
 from hpcft.models.neighbours import VerletList
 from hpcft.models.protocol import Potential, device_of, dtype_of
 from hpcft.relaxation.coordinates import SKIN, Coordinates
@@ -60,7 +60,8 @@ def relax(
 
     At most `max_atoms` atoms are in the batch at once (default: all). Fixed atoms (ASE's FixAtoms) stay; UserError for
     another constraint, ValueError for an optimiser that does not exist. `on_done` is told the number and the result of each
-    structure when it ends. A structure whose forces are not finite, or whose cell collapses, ends at once.
+    structure when it ends. A structure whose forces are not finite, or whose cell collapses, ends at once. What a GPU's memory
+    does not take starts again in smaller batches; torch.OutOfMemoryError for a structure that does not fit alone.
     """
     if isinstance(optimiser, str):
         if optimiser not in OPTIMISERS:
@@ -74,7 +75,17 @@ def relax(
         coming = _that_fit(waiting, structures, batch.num_atoms, max_atoms)
         waiting = waiting[len(coming) :]
         batch.admit(coming)
-        for number, relaxed in batch.step(fmax, max_stress, max_steps):
+        ended: list[tuple[int, Relaxed]] | None = None
+        try:
+            ended = batch.step(fmax, max_stress, max_steps)
+        except torch.OutOfMemoryError:
+            if len(batch.numbers) == 1:
+                raise
+        if ended is None:  # out here, where the error keeps no memory any more
+            max_atoms = batch.num_atoms // 2
+            waiting = [*batch.give_back(max_atoms), *waiting]
+            continue
+        for number, relaxed in ended:
             results[number] = relaxed
             if on_done is not None:
                 on_done(number, relaxed)
@@ -130,7 +141,7 @@ class _Batch:
         chosen = [self.structures[number] for number in coming]
         dtype, device = dtype_of(self.potential), device_of(self.potential)
         neighbours = VerletList(chosen, self.potential.cutoff, skin=SKIN, dtype=dtype, device=device)
-        movable = torch.from_numpy(np.concatenate([~self.fixed[number] for number in coming])).to(device)
+        movable = moved_to(device, torch.from_numpy(np.concatenate([~self.fixed[n] for n in coming])))
         new = Coordinates.of(neighbours.listed, movable_n=movable, with_cell=self.with_cell)
         rows, state = new.first_rows(), self.map.start(new)
         if self.numbers:
@@ -142,6 +153,14 @@ class _Batch:
         self.energies_start += [float("nan")] * len(coming)
         self.coordinates, self.rows, self.state, self.neighbours = new, rows, state, neighbours
 
+    def give_back(self, max_atoms: int) -> list[int]:
+        """Let go of all beyond so many atoms, but for the first structure; returns their numbers."""
+        ends = np.cumsum([len(self.structures[number]) for number in self.numbers])
+        num_staying = max(1, int(np.searchsorted(ends, max_atoms, side="right")))
+        going = self.numbers[num_staying:]
+        self._keep(list(range(num_staying)))
+        return going
+
     def step(self, fmax: float, max_stress: float, max_steps: int) -> list[tuple[int, Relaxed]]:
         """One step of all; those that end here leave with their results."""
         coordinates = self.coordinates
@@ -151,31 +170,32 @@ class _Batch:
         stress_b = coordinates.largest_stress(self.rows, forces)
         converged_b = (force_b < fmax) & (stress_b < max_stress)
         lost_b = ~(force_b + stress_b).isfinite() | coordinates.collapsed(self.rows)
-        energies, converged = energies_b.tolist(), converged_b.tolist()
+        ends_b = converged_b | lost_b
+        # Read together, in double precision: each time that a GPU is asked, it runs out of work.
+        read = torch.stack([one.double() for one in (energies_b, force_b, stress_b, converged_b, ends_b)])
+        energies, largest, stresses, converged, ends = read.tolist()
         self.energies_start = [
             energy if num_steps == 0 else before
             for energy, num_steps, before in zip(energies, self.num_steps, self.energies_start, strict=True)
         ]
         done = [
-            over or num_steps >= max_steps
-            for over, num_steps in zip((converged_b | lost_b).tolist(), self.num_steps, strict=True)
+            bool(over) or num_steps >= max_steps for over, num_steps in zip(ends, self.num_steps, strict=True)
         ]
         finished = []
         if any(done):
-            positions, cells = coordinates.positions_and_cells(self.rows)
-            moved = positions - coordinates.start.positions_n3
-            forces_n3 = coordinates.forces_on_atoms(self.rows, forces)
+            moved, cells, forces_n3 = self._where_they_are(forces)
+            structure_n = np.repeat(np.arange(len(done)), [len(self.structures[n]) for n in self.numbers])
             for b in np.flatnonzero(done).tolist():
-                mine = coordinates.start.structure_n == b
+                mine = structure_n == b
                 relaxed = Relaxed(
                     self._atoms(b, moved[mine], cells[b]),
                     energies[b],
-                    float(force_b[b]),
+                    largest[b],
                     self.num_steps[b],
-                    converged[b],
+                    bool(converged[b]),
                     self.energies_start[b],
-                    float(stress_b[b]),
-                    forces_n3[mine].cpu().double().numpy(),
+                    stresses[b],
+                    forces_n3[mine],
                 )
                 finished.append((self.numbers[b], relaxed))
         displacement, self.state = self.map.step(coordinates, forces, self.state)
@@ -184,6 +204,14 @@ class _Batch:
         if any(done):
             self._keep([b for b, over in enumerate(done) if not over])
         return finished
+
+    def _where_they_are(self, forces: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What atoms have moved by [n, 3], cells [b, 3, 3], and forces on atoms [n, 3], of the whole batch at once."""
+        positions, cells = self.coordinates.positions_and_cells(self.rows)
+        moved = positions - self.coordinates.start.positions_n3
+        forces_n3 = self.coordinates.forces_on_atoms(self.rows, forces)
+        found = [tensor.detach().cpu().double().numpy() for tensor in (moved, cells, forces_n3)]
+        return found[0], found[1], found[2]
 
     def _keep(self, staying: list[int]) -> None:
         mask = self.coordinates.rows_of(staying)
@@ -196,13 +224,13 @@ class _Batch:
             self.coordinates = self.coordinates.take(staying)
             self.neighbours.keep(staying)
 
-    def _atoms(self, b: int, moved: Tensor, cell: Tensor) -> Atoms:
+    def _atoms(self, b: int, moved: np.ndarray, cell: np.ndarray) -> Atoms:
         """With what it moved by, so that what has not moved keeps every bit in single precision too."""
         atoms: Atoms = self.structures[self.numbers[b]].copy()
         constraints, atoms.constraints = atoms.constraints, []
         if self.with_cell and self.num_steps[b]:
-            atoms.set_cell(cell.cpu().double().numpy())
-        atoms.positions += moved.cpu().double().numpy()
+            atoms.set_cell(cell)
+        atoms.positions += moved
         atoms.set_constraint(constraints)
         return atoms
 

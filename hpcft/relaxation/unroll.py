@@ -11,6 +11,7 @@ Shape suffixes: n atoms of the whole batch, b structures, r rows of `coordinates
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -132,10 +133,10 @@ class _Moving:
         self.state = State()
         self.neighbours: VerletList = self.coordinates.neighbours(cutoff)
 
-    def take_out(self, leaving: Tensor) -> tuple[list[int], Tensor]:
-        """Numbers and rows of those that leave ([b] bool); the others go on."""
-        going = torch.nonzero(leaving).ravel().tolist()
-        staying = torch.nonzero(~leaving).ravel().tolist()
+    def take_out(self, leaving: Sequence[bool]) -> tuple[list[int], Tensor]:
+        """Numbers and rows of those that leave; the others go on."""
+        going = [b for b, leaves in enumerate(leaving) if leaves]
+        staying = [b for b, leaves in enumerate(leaving) if not leaves]
         gone = [self.structures[b] for b in going]
         mask = self.coordinates.rows_of(staying)
         rows = self.rows[~mask]
@@ -182,25 +183,22 @@ class _Run:
                 trace.note(moving)
             listed = moving.coordinates.list_at(moving.rows, moving.neighbours)
             forces = self.engine.forces(moving.coordinates, moving.rows, listed)
-            if self._note_diverged(moving, forces):
-                return None
             at_rest = self.stop.by_forces(moving.coordinates, moving.rows.detach(), forces.detach())
+            bad = _diverged(moving, forces)
             displacement, moving.state = self.map.step(moving.coordinates, forces, moving.state)
             displacement = moving.coordinates.free(displacement)
             stays = at_rest[moving.coordinates.structure_r, None]
             moving.rows = torch.where(stays, moving.rows, moving.rows + displacement)
             arrived = ~at_rest & self.stop.by_displacement(moving.coordinates, displacement.detach())
-            pieces += _leave(moving, at_rest, arrived, step)
+            # Read together: each time that a GPU is asked, it runs out of work.
+            lost, rested, came = torch.stack([bad, at_rest, arrived]).tolist()
+            if any(lost):
+                self.diverged |= {b for b, is_lost in zip(moving.structures, lost, strict=True) if is_lost}
+                return None
+            pieces += _leave(moving, rested, came, step)
         if moving.structures:
             pieces.append(_Piece(moving.structures, moving.rows, steps, False))
         return pieces
-
-    def _note_diverged(self, moving: _Moving, forces: Tensor) -> bool:
-        largest = moving.coordinates.largest(forces.detach())
-        bad = ~(largest < DIVERGED_FORCE)  # also where it is not a number
-        bad |= moving.coordinates.collapsed(moving.rows.detach())
-        self.diverged |= {moving.structures[b] for b in torch.nonzero(bad).ravel().tolist()}
-        return bool(bad.any())
 
     def _again(self, coordinates: Coordinates, piece: _Piece, last: int, trace: _Trace) -> _Piece:
         """The last steps of structures that end together, once more and differentiably."""
@@ -234,14 +232,21 @@ class _Trace:
         moving.rows, moving.state = rows[mask], state.take(mask, index)
 
 
-def _leave(moving: _Moving, at_rest: Tensor, arrived: Tensor, step: int) -> list[_Piece]:
+def _diverged(moving: _Moving, forces: Tensor) -> Tensor:
+    """Which structures are on their way to infinity, [b] bool."""
+    largest = moving.coordinates.largest(forces.detach())
+    # The comparison is false also where it is not a number.
+    return ~(largest < DIVERGED_FORCE) | moving.coordinates.collapsed(moving.rows.detach())
+
+
+def _leave(moving: _Moving, at_rest: Sequence[bool], arrived: Sequence[bool], step: int) -> list[_Piece]:
     """Take out what has stopped before (`at_rest`) or with (`arrived`) this step."""
     pieces = []
-    if bool(at_rest.any()):
-        arrived = arrived[~at_rest]
+    if any(at_rest):
+        arrived = [came for came, rested in zip(arrived, at_rest, strict=True) if not rested]
         gone, rows = moving.take_out(at_rest)
         pieces.append(_Piece(gone, rows, step, True))
-    if bool(arrived.any()):
+    if any(arrived):
         gone, rows = moving.take_out(arrived)
         pieces.append(_Piece(gone, rows, step + 1, True))
     return pieces

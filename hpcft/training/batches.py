@@ -39,7 +39,7 @@ class Batches:
             yield self.pieces
             return
         waiting: dict[int, Future[list[Piece]]] = {}
-        with ThreadPoolExecutor(1, thread_name_prefix="next-batch") as thread:
+        with ThreadPoolExecutor(1, thread_name_prefix="next-batch", initializer=self._take_device) as thread:
 
             def pieces_of(step: int) -> list[Piece]:
                 future = waiting.pop(step, None)
@@ -49,6 +49,11 @@ class Batches:
                 return pieces
 
             yield pieces_of
+
+    def _take_device(self) -> None:
+        """A thread begins with GPU 0 as its current one."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
     def pieces(self, step: int) -> list[Piece]:
         """What this rank computes of a global batch: at once, or in pieces of at most `max_edges` edges."""

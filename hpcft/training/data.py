@@ -18,7 +18,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from torch import Tensor
 
 from hpcft.errors import UserError
-from hpcft.models.graph import Graph, build_graph, concatenate
+from hpcft.models.graph import Graph, build_graph, concatenate, moved_to
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class LabelledSet:
         samples = [self._sample(i) for i in indices]
         labels = [sample.labels for sample in samples]
         joined = {
-            name: torch.cat([getattr(one, name) for one in labels]).to(device) for name in vars(labels[0])
+            name: moved_to(device, torch.cat([getattr(one, name) for one in labels]))
+            for name in vars(labels[0])
         }
         return Batch(concatenate([sample.graph for sample in samples]).to(device), Labels(**joined))
 

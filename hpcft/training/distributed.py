@@ -22,13 +22,16 @@ from hpcft.training.rank import Rank
 def choose_device(rank: Rank, wish: str = "auto") -> torch.device:
     """The GPU of this rank, or the CPU; `wish` is auto, cpu or cuda.
 
-    Where the launcher shows each rank its own GPU only, that one is number 0.
+    Where the launcher shows each rank its own GPU only, that one is number 0. It becomes this thread's current GPU: else pinned
+    memory, NCCL and other people's kernels would take number 0, and every rank a part of its memory.
     """
     if wish == "cpu" or (wish == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise RuntimeError("device: cuda was asked for, but torch sees no GPU on " + socket.gethostname())
-    return torch.device("cuda", rank.local_rank % torch.cuda.device_count())
+    device = torch.device("cuda", rank.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 @contextlib.contextmanager
@@ -54,7 +57,15 @@ def process_group(rank: Rank, folder: Path, device: torch.device, timeout_s: flo
         address = _wait_for(address_file, timeout_s)
         store = TCPStore(str(address["host"]), int(str(address["port"])), rank.world_size, False, timeout)
     backend = "nccl" if _each_rank_has_its_own_gpu(store, rank, device) else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=timeout)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank.rank,
+        world_size=rank.world_size,
+        timeout=timeout,
+        # Else NCCL guesses the GPU of a barrier by the rank, and hangs where ranks are placed otherwise.
+        device_id=device if backend == "nccl" else None,
+    )
     try:
         yield
         dist.barrier()

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hpcft.errors import UserError
 from hpcft.models.acceleration import has_cuequivariance, use_cuequivariance, use_e3nn, use_tf32
 from hpcft.models.graph import Graph
 from hpcft.models.heads import on_head, own_parameters, second_head
@@ -29,7 +30,12 @@ class Scaffold:
         if settings.tf32:
             self.checked["tf32"] = use_tf32(potential, example)
         if self.acceleration == "cuequivariance":
-            self.checked["cuequivariance"] = use_cuequivariance(potential, example)
+            try:
+                self.checked["cuequivariance"] = use_cuequivariance(potential, example)
+            except UserError:  # nobody has asked for it
+                if settings.acceleration != "auto":
+                    raise
+                self.acceleration = "none"
         if settings.lora is not None:
             add_lora(potential, settings.lora.rank, settings.lora.alpha, seed=sum(settings.seed))
         head = "shared" if settings.replay is None else settings.replay.head
@@ -62,4 +68,4 @@ def _chosen(settings: TrainingSettings, potential: Potential, example: Graph) ->
         return settings.acceleration
     on_gpu = example.positions_n3.device.type == "cuda"
     possible = potential.architecture == "mace" and settings.lora is None
-    return "cuequivariance" if on_gpu and possible and has_cuequivariance() else "none"
+    return "cuequivariance" if on_gpu and possible and has_cuequivariance("cuda") else "none"

@@ -350,12 +350,16 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip)
         # All ranks judge the same numbers, so that all of them go back or none does.
         parts = self._mean_over_ranks({**parts, "gradient_norm": norm.detach()})
-        _average_what_is_left(parts)
+        # Together, and once a step: a GPU that is asked waits for its next orders.
+        read = dict(
+            zip(parts, torch.stack([value.double() for value in parts.values()]).tolist(), strict=True)
+        )
         for name, what in (("loss", "the loss"), ("gradient_norm", "the gradient's norm")):
-            if not torch.isfinite(parts[name]):
-                numbers = _numbers(parts)
-                raise NotFinite(f"{what} is {float(parts[name])} {self._where(step)}; parts: {numbers}")
-        self._refuse_absurd_forces(parts, step)
+            if not math.isfinite(read[name]):
+                numbers = ", ".join(f"{part} {value:.3g}" for part, value in read.items())
+                raise NotFinite(f"{what} is {read[name]} {self._where(step)}; parts: {numbers}")
+        self._refuse_absurd_forces(read, step)
+        _average_what_is_left(parts, read)
         self.optimiser.step()
         if self.average is not None:
             self.average.update()
@@ -368,20 +372,27 @@ class Trainer:
             is_last = number == len(pieces) - 1
             alone = isinstance(self.wrapped, DistributedDataParallel) and not is_last
             with self.wrapped.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
-                loss, parts = self.wrapped(*piece)
-                loss.backward()
+                try:
+                    loss, parts = self.wrapped(*piece)
+                    loss.backward()
+                except torch.OutOfMemoryError as error:
+                    at_once = self.settings.max_edges or "a whole share of a batch"
+                    raise UserError(
+                        f"this step does not fit into the memory of the GPU; set train.max_edges lower ({at_once} is computed at "
+                        "once now), or a relaxation's batch_size and steps"
+                    ) from error
             self.objective.count_left_out(parts)
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums[name] + value if name in sums else value
         return sums
 
-    def _refuse_absurd_forces(self, parts: dict[str, Tensor], step: int) -> None:
+    def _refuse_absurd_forces(self, parts: dict[str, float], step: int) -> None:
         if self.settings.huber is not None:
             return  # its loss is no mean square
         for name in ("labels/forces", "replay/forces"):
-            if self.objective.weights.forces != 0 and name in parts and float(parts[name]) > ABSURD_FORCE**2:
+            if self.objective.weights.forces != 0 and name in parts and parts[name] > ABSURD_FORCE**2:
                 raise NotFinite(
-                    f"the error of the forces in {name} is {math.sqrt(float(parts[name])):.3g} eV/Å {self._where(step)}"
+                    f"the error of the forces in {name} is {math.sqrt(parts[name]):.3g} eV/Å {self._where(step)}"
                 )
 
     def weights_are_finite(self) -> bool:
@@ -423,15 +434,10 @@ class _Saver:
             self._saved_at = time.monotonic()
 
 
-def _average_what_is_left(parts: dict[str, Tensor]) -> None:
+def _average_what_is_left(parts: dict[str, Tensor], read: dict[str, float]) -> None:
     """Delta Q is reported for the relaxations that count in the loss; not at all where every one was left out."""
     if "relaxation/dropped" not in parts:
         return
-    kept = 1 - parts["relaxation/dropped"]
     delta_q = parts.pop("relaxation/delta_q")
-    if float(kept) > 1e-9:
-        parts["relaxation/delta_q"] = delta_q / kept
-
-
-def _numbers(parts: dict[str, Tensor]) -> str:
-    return ", ".join(f"{name} {float(value):.3g}" for name, value in parts.items())
+    if 1 - read["relaxation/dropped"] > 1e-9:
+        parts["relaxation/delta_q"] = delta_q / (1 - parts["relaxation/dropped"])

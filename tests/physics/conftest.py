@@ -10,7 +10,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.calculator import Calculator, all_changes
-from small_models import small_mace, small_morse
+from small_models import alloy, small_mace, small_morse
 
 from hpcft.models.graph import build_graph
 from hpcft.models.morse import MorsePotential
@@ -58,14 +58,6 @@ def tiny_mace() -> Any:
 def potential(request: pytest.FixtureRequest) -> Any:
     """Each architecture in turn."""
     return request.getfixturevalue(request.param)
-
-
-def alloy(repeat: tuple[int, int, int] = (2, 1, 1), rattle: float = 0.1, seed: int = 0) -> Atoms:
-    """A periodic fcc cell of Cu with every second atom Al, off its lattice sites."""
-    atoms = bulk("Cu", a=3.7, cubic=True).repeat(repeat)
-    atoms.numbers[::2] = 13
-    atoms.rattle(rattle, seed=seed)
-    return atoms
 
 
 def every_kind() -> list[Atoms]:

@@ -1,10 +1,12 @@
-"""Small models of Al and Cu, for pytest and for the scripts that it starts."""
+"""Small models of Al and Cu and a cell of them, for pytest and for the scripts that it starts."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from ase import Atoms
+from ase.build import bulk
 
 from hpcft.models.morse import MorsePotential
 
@@ -53,3 +55,11 @@ def small_mace() -> Any:
         },
         torch.float64,
     )
+
+
+def alloy(repeat: tuple[int, int, int] = (2, 1, 1), rattle: float = 0.1, seed: int = 0) -> Atoms:
+    """A periodic fcc cell of Cu with every second atom Al, off its lattice sites."""
+    atoms = bulk("Cu", a=3.7, cubic=True).repeat(repeat)
+    atoms.numbers[::2] = 13
+    atoms.rattle(rattle, seed=seed)
+    return atoms

@@ -134,7 +134,7 @@ def test_what_is_missing_or_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch
         use_cuequivariance(morse, graph)
     with pytest.raises(UserError, match="tf32 needs an NVIDIA GPU"):
         use_tf32(model, graph)
-    monkeypatch.setattr(acceleration, "has_cuequivariance", lambda: False)
+    monkeypatch.setattr(acceleration, "has_cuequivariance", lambda device: False)
     with pytest.raises(UserError, match="needs the packages cuequivariance and cuequivariance-torch"):
         use_cuequivariance(model, graph)
 

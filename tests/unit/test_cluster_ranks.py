@@ -76,11 +76,14 @@ def test_a_rank_of_a_local_job_knows_its_place(monkeypatch: pytest.MonkeyPatch) 
 def test_tasks_of_one_rank_on_this_machine_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
 
     def gpus(executor: str, world_size: int) -> list[int | None]:
         ranks = [spread_over_gpus(Rank(0, world_size), executor, index) for index in range(4)]
         return [choose_device(rank).index for rank in ranks]
 
     assert gpus("local", 1) == [0, 1, 0, 1]
+    assert [device.index for device in current] == [0, 1, 0, 1]  # other people's kernels look at nothing else
     assert gpus("local", 2) == [0, 0, 0, 0]  # the ranks of one task share the machine out among themselves
     assert gpus("slurm", 1) == [0, 0, 0, 0]  # Slurm shows each job its own
