@@ -135,20 +135,11 @@ def md(
     from hpcft.md.committed import Stretch
     from hpcft.md.run import MdRequest
     from hpcft.models.committee import SPREAD
-    from hpcft.models.files import sha256_of
     from hpcft.selection.q_residual import Q_RESIDUAL
     from hpcft.storage.structures import read_any
 
-    positive = {"timestep": timestep, "thermostat-fs": thermostat_fs, "barostat-fs": barostat_fs}
-    for name, value in positive.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--{name} is {value}; it must be positive")
-    if max_spread is not None and not committee:
-        raise UserError("--max-spread is how far a committee may spread; name more models with --committee")
-    if max_q_residual is not None and q_reference is None:
-        raise UserError(
-            "--max-q-residual is how far from the training structures a replica may go; name them with --q-reference"
-        )
+    _check_numbers(timestep=timestep, thermostat_fs=thermostat_fs, barostat_fs=barostat_fs)
+    _check_limits(max_spread, committee, max_q_residual, q_reference)
     thermostat, barostat = ENSEMBLES[ensemble.value]
     dynamics = Dynamics(
         _ramp(temperature, steps, "temperature", lowest=0.0),
@@ -161,30 +152,54 @@ def md(
         barostat_fs,
     )
     hottest = max(dynamics.temperature_at(0), dynamics.temperature_at(steps))
+    limits = {SPREAD: max_spread, Q_RESIDUAL: max_q_residual}
     guards = Guards(
         max_temperature_K=max_temperature or 5 * hottest or math.inf,
         min_distance=min_distance,
-        max_observed={
-            name: most
-            for name, most in ((SPREAD, max_spread), (Q_RESIDUAL, max_q_residual))
-            if most is not None
-        },
+        max_observed={name: most for name, most in limits.items() if most is not None},
     )
     models = [model_file, *(committee or [])]
-    about: dict[str, Any] = {
-        "models_sha256": [sha256_of(path) for path in models],
-        "mean_forces": mean_forces,
-    }
+    about = _provenance(models, q_reference, mean_forces=mean_forces, precision=precision)
     known = None if q_reference is None else read_any(q_reference)
-    if q_reference is not None:
-        about["q_reference_sha256"] = sha256_of(q_reference)
     request = MdRequest(
         read_any(structures_file), output, Stretch(steps, frame_every, segment_frames), dynamics, guards,
-        copies, rattle, strain, seed, batch_atoms, {**about, "precision": precision.value},
+        copies, rattle, strain, seed, batch_atoms, about,
         _intervals(frame_every, velocities=velocities_every, forces=forces_every),
     )  # fmt: skip
     rank = rank_of_launcher()
     _run(request, models, mean_forces, known, device, precision, rank)
+
+
+def _check_numbers(**positive: float) -> None:
+    for name, value in positive.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be positive")
+
+
+def _check_limits(
+    max_spread: float | None, committee: object, max_q_residual: float | None, q_reference: object
+) -> None:
+    if max_spread is not None and not committee:
+        raise UserError("--max-spread is how far a committee may spread; name more models with --committee")
+    if max_q_residual is not None and q_reference is None:
+        raise UserError(
+            "--max-q-residual is how far from the training structures a replica may go; name them with --q-reference"
+        )
+
+
+def _provenance(
+    models: Sequence[Path], q_reference: Path | None, *, mean_forces: bool, precision: Precision
+) -> dict[str, Any]:
+    """What decides, beside the request, whether a folder holds this very run."""
+    from hpcft.models.files import sha256_of
+
+    about: dict[str, Any] = {
+        "models_sha256": [sha256_of(path) for path in models],
+        "mean_forces": mean_forces,
+    }
+    if q_reference is not None:
+        about["q_reference_sha256"] = sha256_of(q_reference)
+    return {**about, "precision": precision.value}
 
 
 def _intervals(frame_every: int, **wanted: int | None) -> dict[str, int]:
