@@ -25,8 +25,8 @@ import train_problem
 from md_problem import Batch, Hpcft, Program, Task, crystals, simulation_of
 from timing import Found
 
-from hpcft.md.batch_size import atoms_that_fit
 from hpcft.models import gpu_neighbours
+from hpcft.models.batch_size import atoms_that_fit
 from hpcft.models.files import load_model
 from hpcft.models.graph import build_graph, rebuild_edges
 from hpcft.models.protocol import as_module, evaluate

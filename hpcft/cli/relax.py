@@ -76,8 +76,13 @@ def relax(
         typer.Option("--max-stress-GPa", help="With --cell: largest stress component of a cell at rest."),
     ] = 0.1,
     batch_atoms: Annotated[
-        int, typer.Option(min=1, help="Atoms to compute together; fewer where memory is short.")
-    ] = 2000,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Atoms to compute together. Default: a GPU's fill; 2000 on a CPU.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[Device, typer.Option(help="auto: a GPU if there is one.")] = Device.auto,
     precision: Annotated[
         Precision | None, typer.Option(help="Default: the model's.", show_default=False)
@@ -97,6 +102,7 @@ def relax(
     from rich.console import Console
 
     from hpcft.models.allocator import keep_freed_memory
+    from hpcft.models.batch_size import atoms_together
     from hpcft.storage.structures import read_any
 
     keep_freed_memory()
@@ -110,7 +116,7 @@ def relax(
         "optimiser": optimiser.value,
         "with_cell": with_cell,
         "max_stress": max_stress_GPa * GPa,
-        "max_atoms": batch_atoms,
+        "max_atoms": batch_atoms or atoms_together(potential, structures, stress=with_cell),
     }
     results: dict[int, Relaxed] = {}
     ended = _relax_all(potential, structures, console, options, _Keeper(target, results))

@@ -21,12 +21,12 @@ from ase import Atoms
 
 from hpcft import __version__
 from hpcft.errors import UserError
-from hpcft.md.batch_size import atoms_that_fit
 from hpcft.md.committed import Stretch, run_segments
 from hpcft.md.replica import Replica, disturbed, thermal_velocities
 from hpcft.md.settings import Dynamics, Guards
 from hpcft.md.simulation import Observe, Simulation
 from hpcft.md.starts import check_starts
+from hpcft.models.batch_size import atoms_that_fit
 from hpcft.models.protocol import Potential
 from hpcft.storage import layout
 from hpcft.storage.atomic import write_json

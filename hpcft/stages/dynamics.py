@@ -8,9 +8,9 @@ from typing import Any
 
 from hpcft import __version__
 from hpcft.md import ENSEMBLES, Dynamics, Guards, Observe, Replica, Simulation
-from hpcft.md.batch_size import atoms_that_fit
 from hpcft.md.committed import SegmentTaken, Stretch, run_segments
 from hpcft.models.allocator import keep_freed_memory
+from hpcft.models.batch_size import atoms_that_fit
 from hpcft.models.files import sha256_of
 from hpcft.models.protocol import Potential
 from hpcft.selection.q_residual import Q_RESIDUAL

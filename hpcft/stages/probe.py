@@ -21,7 +21,6 @@ from hpcft.stages.sharing import (
 from hpcft.storage.structures import count_structures, read_structures, write_structures
 from hpcft.storage.trajectory import Trajectory
 
-_MOST_ATOMS = 2000  # relaxed together
 _MOST_REPLAYED = 200  # replay structures that are judged, evenly spread over the file
 
 
@@ -128,6 +127,7 @@ def _relax(task: TaskContext, potential: Any) -> list[Atoms]:
 
     Each also carries where it is after the steps of train.relaxation: what BPTT was trained on.
     """
+    from hpcft.models.batch_size import atoms_together
     from hpcft.relaxation import relax
 
     indices = task.payload["relaxations"]
@@ -141,7 +141,7 @@ def _relax(task: TaskContext, potential: Any) -> list[Atoms]:
         fmax=settings.fmax,
         max_steps=settings.max_steps,
         with_cell=settings.cell,
-        max_atoms=_MOST_ATOMS,
+        max_atoms=atoms_together(potential, starts, stress=settings.cell),
     )
     found = []
     for index, end, after in zip(indices, relaxed, _after_steps(task, potential, starts), strict=True):

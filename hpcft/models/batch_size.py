@@ -15,6 +15,7 @@ from hpcft.models.protocol import Potential, device_of, dtype_of, evaluate
 _SHARE = 0.7
 # Measured together: of a few atoms alone, what is allocated in whole blocks would seem to be needed for each.
 _MEASURED_ATOMS = 1000
+_ATOMS_ON_CPU = 2000
 
 
 def atoms_that_fit(potential: Potential, structures: Sequence[Atoms], *, stress: bool = False) -> int | None:
@@ -37,6 +38,11 @@ def atoms_that_fit(potential: Potential, structures: Sequence[Atoms], *, stress:
     # What this process holds and does not use is free as well.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(len(largest), int(_SHARE * free / max(per_atom, 1.0)))
+
+
+def atoms_together(potential: Potential, structures: Sequence[Atoms], *, stress: bool = False) -> int:
+    """The same, with an answer for the CPU too: enough that what a batch costs by itself does not count."""
+    return atoms_that_fit(potential, structures, stress=stress) or _ATOMS_ON_CPU
 
 
 def _density(atoms: Atoms) -> float:
