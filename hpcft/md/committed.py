@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpcft.errors import UserError
 from hpcft.md.simulation import Simulation
 from hpcft.storage.trajectory import (
     list_segments,
@@ -28,6 +29,13 @@ class Stretch:
     steps: int
     frame_every: int
     segment_frames: int
+
+    def __post_init__(self) -> None:
+        if self.steps < self.frame_every:
+            raise UserError(
+                f"no frame would be kept: one is every {self.frame_every} steps, and there are {self.steps}; keep frames more "
+                "often, or run longer"
+            )
 
     @property
     def steps_per_segment(self) -> int:

@@ -242,7 +242,8 @@ class Simulation:
             replica, recorder = before.batch[r], self._recorders[before.batch[r].index]
             if recorder.has(replica.step - 1):
                 recorder.rows[AT_STOP][-1] = True
-            elif replica.step - 1 > self._begun_at[replica.index]:  # else it belongs to the run before
+            # The one at which this run began belongs to the run before, unless nothing was before.
+            elif replica.step == 1 or replica.step - 1 > self._begun_at[replica.index]:
                 missing.append(r)
         if missing:
             self._record(before, missing, ended=True)

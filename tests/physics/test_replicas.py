@@ -11,7 +11,9 @@ import pytest
 import torch
 from ase import Atoms
 
+from hpcft.errors import UserError
 from hpcft.md import AT_STOP, Dynamics, Guards, Replica, Simulation, thermal_velocities
+from hpcft.md.committed import Stretch
 from hpcft.models.morse import MorsePotential
 from hpcft.models.protocol import Potential
 from hpcft.storage.trajectory import FrameBlock
@@ -198,6 +200,26 @@ def test_a_stop_at_the_first_step_of_a_segment_repeats_no_frame_of_the_one_befor
     replicas[0].velocities *= 50
     assert simulation.run(4, 2) == []
     assert (block.step.tolist(), replicas[0].step, replicas[0].stopped) == ([2, 4], 5, "temperature")
+
+
+def test_of_a_replica_that_explodes_in_its_very_first_step_the_start_is_kept(
+    morse: MorsePotential, make_alloy: Callable[..., Atoms]
+) -> None:
+    """Fails if it leaves no frame, and so no trace in the file."""
+    replicas = replicas_of(make_alloy, 0, 1)
+    start = replicas[0].atoms.get_positions()
+    replicas[0].velocities *= 50
+    simulation = Simulation(morse, replicas, SETTINGS, Guards(max_temperature_K=20_000), keep_last=True)
+    first, second = simulation.run(4, 2)
+    assert (first.step.tolist(), first.observables[AT_STOP].tolist()) == ([0], [True])
+    np.testing.assert_allclose(first.positions[0], start)
+    assert np.isfinite(first.forces).all()
+    assert second.step.tolist() == [2, 4]
+
+
+def test_no_frame_at_all_is_refused() -> None:
+    with pytest.raises(UserError, match="no frame would be kept: one is every 10 steps, and there are 5"):
+        Stretch(5, 10, 1)
 
 
 def test_a_replica_stops_where_what_is_observed_passes_its_limit(
