@@ -235,6 +235,10 @@ class Simulation:
         is_due = is_last or step % self.every.get(name, 1) == 0
         return values if is_due else np.full_like(values, np.nan)
 
+    def _is_new(self, replica: Replica) -> bool:
+        """Whether the frame before belongs to this run, not to the end of the one before."""
+        return replica.step - 1 > self._begun_at[replica.index]
+
     def _record_last(self, before: Motion, stopped: Sequence[int]) -> None:
         """The frame before the step in which a guard stopped the replica."""
         missing = []
@@ -242,8 +246,7 @@ class Simulation:
             replica, recorder = before.batch[r], self._recorders[before.batch[r].index]
             if recorder.has(replica.step - 1):
                 recorder.rows[AT_STOP][-1] = True
-            # The one at which this run began belongs to the run before, unless nothing was before.
-            elif replica.step == 1 or replica.step - 1 > self._begun_at[replica.index]:
+            elif self._is_new(replica) or (replica.step == 1 and not self._causes(before)[r]):
                 missing.append(r)
         if missing:
             self._record(before, missing, ended=True)
