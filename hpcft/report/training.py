@@ -66,12 +66,13 @@ def _panels(epochs: Sequence[Row]) -> dict[str, list[_Curve]]:
         scatters = key != "learning_rate" and not key.startswith("valid/")
         return _Curve(label, colour, style, points.reshape(-1, 2), scatters)
 
-    def errors(part: str, valid: str) -> list[_Curve]:
-        training = curve(f"labels/{part}", "training, RMSE", _BLUE)
-        replay = curve(f"replay/{part}", "replay, RMSE", _GREEN)
-        for squares in (training, replay):
-            squares.points[:, 1] = 1e3 * np.sqrt(squares.points[:, 1])
-        return [training, replay, curve(f"valid/{valid}", "validation, MAE", _ORANGE)]
+    def errors(what: str, unit: str, part: str, valid: str) -> dict[str, list[_Curve]]:
+        """Training is known by its squares and validation by its absolute errors: beside each other they would mislead."""
+        squares = [curve(f"labels/{part}", "training", _BLUE), curve(f"replay/{part}", "replay", _GREEN)]
+        for of in squares:
+            of.points[:, 1] = 1e3 * np.sqrt(of.points[:, 1])
+        absolute = curve(f"valid/{valid}", "validation", _ORANGE)
+        return {f"{what}, training: RMSE ({unit})": squares, f"{what}, validation: MAE ({unit})": [absolute]}
 
     losses = [curve("loss", "training", _BLUE), curve("valid/loss", "validation", _ORANGE)]
     for group, name, colour in (("labels", "training", _BLUE), ("replay", "replay", _GREEN)):
@@ -79,9 +80,9 @@ def _panels(epochs: Sequence[Row]) -> dict[str, list[_Curve]]:
             losses.append(curve(f"{group}/{part}", f"{name}: {part}", colour, style))
     panels = {
         "loss, and its parts unweighted (eV, Å)": losses,
-        "energy error (meV/atom)": errors("energy", "energy_mae_meV_per_atom"),
-        "force error (meV/Å)": errors("forces", "force_mae_meV_per_A"),
-        "stress error (meV/Å³)": errors("stress", "stress_mae_meV_per_A3"),
+        **errors("energy", "meV/atom", "energy", "energy_mae_meV_per_atom"),
+        **errors("forces", "meV/Å", "forces", "force_mae_meV_per_A"),
+        **errors("stress", "meV/Å³", "stress", "stress_mae_meV_per_A3"),
         "ΔQ after relaxations (√amu Å)": [curve("relaxation/delta_q")],
         "learning rate": [curve("learning_rate")],
         "gradient norm": [curve("gradient_norm")],
@@ -97,7 +98,7 @@ def number(value: Any) -> float:
 
 
 def _draw_panel(axis: Any, name: str, curves: Sequence[_Curve]) -> None:
-    """On a logarithmic axis where the values differ by more than a factor of five."""
+    """On a logarithmic axis, which says so, where the values differ by more than a factor of five."""
     for curve in curves:
         _draw_curve(axis, curve)
     positive = [value for curve in curves for value in curve.positive]
@@ -108,7 +109,7 @@ def _draw_panel(axis: Any, name: str, curves: Sequence[_Curve]) -> None:
     if 5 < ratio < 100:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     if ratio < 100:
-        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.yaxis.set_major_formatter(FormatStrFormatter(_tick_format(axis.get_ylim(), ratio > 5)))
     axis.set_title(name, fontsize=10, loc="left")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if len(curves) > 3:  # they leave no room for a legend
@@ -116,7 +117,14 @@ def _draw_panel(axis: Any, name: str, curves: Sequence[_Curve]) -> None:
         axis.legend(fontsize=7, framealpha=1, handlelength=2.6, ncols=2, loc="upper right")
     elif curves[0].label:
         axis.legend(fontsize=7, framealpha=1, handlelength=2.6)
-    _tidy(axis, "epoch")
+    _tidy(axis, "epoch", "log scale" if ratio > 5 else "")
+
+
+def _tick_format(limits: tuple[float, float], has_few_digits: bool) -> str:
+    """One notation for all ticks of an axis; %g changes it at 1e-4 and at 1e6."""
+    if limits[0] >= 1e-4 and limits[1] < 1e6:
+        return "%g"
+    return "%.0e" if has_few_digits else "%.2e"
 
 
 def _draw_curve(axis: Any, curve: _Curve) -> None:
@@ -138,7 +146,7 @@ def _best_epoch(rows: Sequence[Row]) -> tuple[float, int] | None:
 
 
 def _mark_epochs(axis: Any, rows: Sequence[Row]) -> None:
-    """The best epoch, and the setbacks, each after the epoch to which it went back."""
+    """The epoch whose model is kept, and the setbacks, each after the epoch to which it went back."""
     epochs = [row["epoch"] for row in rows if "setback" not in row]
     margin = max(0.7, 0.02 * (max(epochs) - min(epochs)))
     axis.set_xlim(min(epochs) - margin, max(epochs) + margin)
@@ -151,13 +159,26 @@ def _mark_epochs(axis: Any, rows: Sequence[Row]) -> None:
 def _training_notes(rows: Sequence[Row], panels: Mapping[str, Sequence[_Curve]]) -> list[str]:
     notes = []
     if best := _best_epoch(rows):
-        notes.append(f"black line: best epoch {best[1]}, validation loss {best[0]:.4g}")
+        notes.append(
+            f"black line: epoch {best[1]} is kept, which has the lowest validation loss, {best[0]:.4g}"
+        )
+    else:
+        notes.append("no validation: the last epoch is kept")
+    if "labels/forces" in set().union(*rows) and best:
+        notes.append(
+            "RMSE is no MAE: only the losses compare training (mean over the epoch, with all its terms) with validation "
+            "(at the epoch's end)"
+        )
     if setbacks := ", ".join(str(row["back_to_epoch"]) for row in rows if "setback" in row):
         notes.append(f"red dots: set back to the end of epoch {setbacks}, on a lower learning rate")
     if any(curve.scatters and len(curve.points) > _LONG for curves in panels.values() for curve in curves):
         notes.append(f"faint: single epochs, bold: their running mean over {_WINDOW}")
     for key, of_all, note in (
-        ("labels/forces", max, "RMSE: root of the loss part over an epoch's batches (Huber's: less)"),
+        (
+            "labels/forces",
+            max,
+            "RMSE: root of the unweighted loss part over an epoch's batches (Huber's: less)",
+        ),
         ("relaxation/dropped", max, "relaxations left out: at most {:.1%} of an epoch's"),
         ("structures_per_s", np.median, "median {:,.4g} structures/s"),
         ("atoms_per_s", np.median, "median {:,.4g} atoms/s"),

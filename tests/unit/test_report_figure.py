@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 import zlib
 from collections.abc import Mapping
@@ -105,7 +106,7 @@ def test_the_names_of_many_rounds_do_not_overlap(
         boxes = sorted(
             (label.get_window_extent() for label in axis.get_xticklabels()), key=lambda box: box.x0
         )
-        assert all(left.x1 <= right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+        assert all(left.x1 <= right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def width_and_height(path: Path) -> tuple[int, int]:
