@@ -146,6 +146,22 @@ def test_the_table_has_a_row_for_each_round_and_counts_labels_and_explosions() -
     assert "95% confidence interval" in text
 
 
+@pytest.mark.parametrize("width", [200, 120, 80, 40])
+def test_at_any_width_nothing_is_cut_and_no_interval_is_broken(width: int) -> None:
+    metrics = FULL | {"delta_q_steps": FULL["force_slope"], "cell_distance": FULL["force_slope"]}
+    rows = [result(0, metrics), result(1, metrics)]
+    relaxations = relaxations_table(rows, 0.95)
+    assert relaxations is not None
+    stream = StringIO()
+    Console(file=stream, width=width).print(results_table(rows, 0.95, "quickstart"), relaxations)
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    cells = ["[-300.0, -260.0]", "[0.15, 0.25]", "[1300, 1500]", "36.60", "32 + 32", "foundation", "round 1"]
+    for cell in (*cells, "training + judging", "energy bias"):
+        assert any(cell in line for line in lines), cell
+    assert ("-280.3 [-300.0, -260.0]" in stream.getvalue()) == (width == 200)
+
+
 def test_the_table_of_relaxations_shows_structures_beside_forces_and_is_left_out_without_any() -> None:
     extra = {
         "delta_q_steps": {"value": 40.0, "low": 39.0, "high": 41.0},
