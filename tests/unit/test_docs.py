@@ -39,6 +39,14 @@ def test_the_table_of_keys_is_what_the_configuration_s_docstrings_say() -> None:
     assert (ROOT / "docs" / "keys.md").read_text() == made, "run: python docs/make_keys.py"
 
 
+def test_a_key_that_takes_words_lists_them_where_its_text_does_not_explain_each() -> None:
+    rows = (ROOT / "docs" / "keys.md").read_text().splitlines()
+    (executor,) = [row for row in rows if row.startswith("| `executor` |")]
+    assert executor.endswith("Allowed: `local`, `slurm`. |")
+    (ensemble,) = [row for row in rows if row.startswith("| `explore.ensemble` |")]
+    assert "nvt-svr: velocity" in ensemble and "Allowed" not in ensemble
+
+
 def test_the_examples_of_sites_are_valid_sites() -> None:
     first, whole_nodes, in_a_container = [
         Site.model_validate(example) for example in yaml_examples("sites.md")
