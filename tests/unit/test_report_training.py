@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hpcft.report.training import Parity, write_learning_curves, write_parity
+from hpcft.report.parity import Parity, write_parity
+from hpcft.report.training import write_learning_curves
 from hpcft.report.training_line import ProgressLine, scalars, tensorboard_writer
 
 NAN = float("nan")
