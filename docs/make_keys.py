@@ -6,7 +6,7 @@ The text comes from the docstrings of the configuration's fields, so it says wha
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -34,6 +34,13 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return next((section for section in found if section is not None), None)
 
 
+def choices_of(annotation: Any) -> list[str]:
+    """The words that a field may hold, looking through `X | None` and `tuple[X, ...]`."""
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    return [choice for argument in get_args(annotation) for choice in choices_of(argument)]
+
+
 def rows(model: type[BaseModel], prefix: str = "") -> list[str]:
     found = []
     for name, field in model.model_fields.items():
@@ -42,6 +49,10 @@ def rows(model: type[BaseModel], prefix: str = "") -> list[str]:
         if not default and section is None and field.default_factory is None:
             default = "–" if field.default is None else f"`{field.default}`"
         text = (field.description or "").replace("\n", " ").replace("|", "\\|")
+        choices = [] if section is not None else choices_of(field.annotation)
+        # Many texts explain each of the words.
+        if any(choice.lower() not in text.lower() for choice in choices):
+            text += f" Allowed: {', '.join(f'`{choice}`' for choice in choices)}."
         found.append(f"| `{prefix}{name}` | {default} | {text} |")
         if section is not None and name != "resources":
             inner = f"{prefix}{name}.STAGE." if "dict" in str(field.annotation) else f"{prefix}{name}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -165,6 +165,10 @@ def _run(request: Request, rank: Rank, tensorboard: bool) -> None:
             line.say(f"{sizes}; {trainer.steps_per_epoch} steps an epoch, {rank.world_size} ranks")
             for option, error in trainer.scaffold.checked.items():
                 line.say(f"{option}: forces within {error:.1e} of the plain model's")
+            for path in sorted(_resolved(request.data) & _resolved(request.validation)):
+                line.say(
+                    f"warning: {path} is training data and validation data; the best epoch is chosen by what was trained on"
+                )
             for what in sets.dropped:
                 line.say(f"left out: {what}")
 
@@ -177,6 +181,10 @@ def _run(request: Request, rank: Rank, tensorboard: bool) -> None:
     _show(console, outcome)
 
 
+def _resolved(paths: Sequence[Path]) -> set[Path]:
+    return {path.resolve() for path in paths}
+
+
 _COLUMNS = (
     ("energy_mae_meV_per_atom", "energy MAE\nmeV/atom", "{:.2f}"),
     ("force_mae_meV_per_A", "force MAE\nmeV/Å", "{:.2f}"),
@@ -187,7 +195,10 @@ _COLUMNS = (
 def _show(console: Any, outcome: Outcome) -> None:
     from rich.table import Table
 
-    table = Table(caption=f"best epoch: {outcome.best_epoch} of {outcome.epochs}", caption_justify="left")
+    table = Table(
+        caption=f"after: epoch {outcome.best_epoch} of {outcome.epochs} kept, the best on the validation data",
+        caption_justify="left",
+    )
     table.add_column("set")
     for _, title, _ in _COLUMNS:
         table.add_column(f"{title}\nbefore", justify="right")

@@ -221,7 +221,7 @@ class TrainingRun(Train):
     max_force: Annotated[Positive, Unit("eV/Å")] = 50.0
     """Structures with a larger force are outliers and left out, in eV/Å."""
     max_outliers: Fraction = 0.01
-    """Fraction of the data that may be left out as outliers; more is an error."""
+    """Fraction of the data that may be left out as outliers, one structure at least; more is an error. 0: none may."""
 
     def _problems(self) -> Iterator[tuple[KeyPath, str]]:
         yield from super()._problems()

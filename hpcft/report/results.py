@@ -35,6 +35,9 @@ METRICS: tuple[tuple[str, str, str], ...] = (
     ("delta_q", "ΔQ", "√amu Å"),
 )
 
+# Decimals of each of METRICS, wherever it is shown.
+DIGITS = {"energy_bias_meV_per_atom": 1, "force_slope": 2, "force_mae_meV_per_A": 0, "delta_q": 2}
+
 # What training through relaxations is after, and what it may cost: structures get better, instantaneous forces may get worse.
 RELAXATION_METRICS: tuple[tuple[str, str, str, int], ...] = (
     ("delta_q_steps", "ΔQ after\nk steps", "√amu Å", 2),
@@ -84,6 +87,11 @@ def read_results(folder: CampaignFolder) -> list[RoundResult]:
 def _product(folder: CampaignFolder, round_: int, stage: str) -> dict[str, Any] | None:
     path = folder.stage(round_, stage).product
     return dict(read_json(path)) if path.exists() else None
+
+
+def model_name(result: RoundResult) -> str:
+    """The model that the result judges."""
+    return "foundation" if result.round == 0 else f"round {result.round}"
 
 
 def shown(metric: Mapping[str, float] | None, digits: int) -> str:

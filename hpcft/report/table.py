@@ -1,58 +1,86 @@
-"""The table that a campaign ends with."""
+"""The tables that a campaign ends with."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
 from rich.table import Table
 
-from hpcft.report.results import METRICS, RELAXATION_METRICS, RoundResult, shown
+from hpcft.report.results import DIGITS, METRICS, RELAXATION_METRICS, RoundResult, model_name, shown
 
-_DIGITS = {"energy_bias_meV_per_atom": 1, "force_slope": 2, "force_mae_meV_per_A": 0, "delta_q": 2}
+Column = tuple[str, Sequence[str]]
+"""A heading, and a cell for each row."""
 
 
-def results_table(results: Sequence[RoundResult], confidence: float, title: str = "") -> Table:
+@dataclass(frozen=True)
+class FittingTable:
+    """A table of which nothing is cut: where it is too wide, each interval stands below its value, and then columns follow in
+    further tables, each with the first column again."""
+
+    columns: Sequence[Column]
+    caption: str
+    title: str | None = None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        def fits(columns: Sequence[Column]) -> bool:
+            return Measurement.get(console, options, self._table(columns)).maximum <= width
+
+        # Measured with room to spare, as a table measures no wider than it may be.
+        width, options = options.max_width, options.update(width=10_000)
+        if fits(self.columns):
+            yield self._table(self.columns, self.title, self.caption)
+            return
+        first, *others = [
+            (title, [cell.replace(" [", "\n[") for cell in cells]) for title, cells in self.columns
+        ]
+        blocks: list[list[Column]] = [[first]]
+        for column in others:
+            if len(blocks[-1]) > 1 and not fits([*blocks[-1], column]):
+                blocks.append([first])
+            blocks[-1].append(column)
+        for block in blocks:
+            is_first, is_last = block is blocks[0], block is blocks[-1]
+            yield self._table(block, self.title if is_first else None, self.caption if is_last else None)
+
+    @staticmethod
+    def _table(columns: Sequence[Column], title: str | None = None, caption: str | None = None) -> Table:
+        table = Table(title=title, caption=caption, caption_justify="left")
+        for number, (heading, _) in enumerate(columns):
+            table.add_column(heading, justify="right" if number else "left", overflow="fold")
+        for row in zip(*(cells for _, cells in columns), strict=True):
+            table.add_row(*row)
+        return table
+
+
+def results_table(results: Sequence[RoundResult], confidence: float, title: str = "") -> FittingTable:
     """One row per round: the four measures with their intervals, replicas that exploded, labels paid for so far."""
-    table = Table(
-        title=title or None,
-        caption=f"in brackets: {confidence:.0%} confidence interval",
-        caption_justify="left",
-    )
-    table.add_column("model")
-    for _, label, unit in METRICS:
-        table.add_column(f"{label}\n{unit}".rstrip(), justify="right")
-    table.add_column("exploded\nreplicas", justify="right")
-    table.add_column("labels\ntraining + judging", justify="right")
-    for row in results:
-        table.add_row(
-            "foundation" if row.round == 0 else f"round {row.round}",
-            *(shown(row.metrics.get(name), _DIGITS[name]) for name, _, _ in METRICS),
-            str(row.exploded),
-            f"{row.training_labels} + {row.judging_labels}",
-        )
-    return table
+    columns: list[Column] = [("model", [model_name(row) for row in results])]
+    for name, label, unit in METRICS:
+        cells = [shown(row.metrics.get(name), DIGITS[name]) for row in results]
+        columns.append((f"{label}\n{unit}".rstrip(), cells))
+    columns.append(("exploded\nreplicas", [str(row.exploded) for row in results]))
+    labels = [f"{row.training_labels} + {row.judging_labels}" for row in results]
+    columns.append(("labels\ntraining + judging", labels))
+    caption = f"in brackets: {confidence:.0%} confidence interval over replicas (ΔQ: over structures)"
+    return FittingTable(columns, caption, title or None)
 
 
-def relaxations_table(results: Sequence[RoundResult], confidence: float) -> Table | None:
+def relaxations_table(results: Sequence[RoundResult], confidence: float) -> FittingTable | None:
     """Where the relaxations end beside what the forces are worth, before and after each round; None without train.relaxation."""
-    columns = [entry for entry in RELAXATION_METRICS if any(entry[0] in row.metrics for row in results)]
-    if "delta_q_steps" not in [name for name, *_ in columns]:
+    shown_metrics = [entry for entry in RELAXATION_METRICS if any(entry[0] in row.metrics for row in results)]
+    if "delta_q_steps" not in [name for name, *_ in shown_metrics]:
         return None
-    table = Table(
-        title="relaxed structures, and what they cost",
-        caption=f"k: the steps of train.relaxation; in brackets: {confidence:.0%} confidence interval over structures",
-        caption_justify="left",
+    columns: list[Column] = [("model", [model_name(row) for row in results])]
+    for name, label, unit, digits in shown_metrics:
+        columns.append((f"{label}\n{unit}", [shown(row.metrics.get(name), digits) for row in results]))
+    caption = (
+        f"k: the steps of train.relaxation; in brackets: {confidence:.0%} confidence interval over structures"
     )
-    table.add_column("model")
-    for _, label, unit, _ in columns:
-        table.add_column(f"{label}\n{unit}", justify="right")
-    for row in results:
-        table.add_row(
-            "foundation" if row.round == 0 else f"round {row.round}",
-            *(shown(row.metrics.get(name), digits) for name, _, _, digits in columns),
-        )
-    return table
+    return FittingTable(columns, caption, "relaxed structures, and what they cost")
 
 
 def label_notes(results: Sequence[RoundResult], folder: Path) -> list[str]:

@@ -1,32 +1,25 @@
-"""What a training shows at its end: learning curves and parity plots.
+"""What a training shows at its end: learning curves. Parity plots: `hpcft.report.parity`.
 
 A row is a line of metrics.jsonl (`Trainer.log()`): an epoch, or a setback. Any key may be missing, in all rows or in some.
 """
 
 from __future__ import annotations
 
-import io
-import itertools
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ase import units
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from hpcft.storage.atomic import write_bytes
+from hpcft.report.drawing import PALETTE, save, tidy
 
 Row = Mapping[str, Any]
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
-_PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-_BLUE, _ORANGE, _GREEN, _RED, *_ = _PALETTE
-_QUIET = "#6f6f6f"
+_BLUE, _ORANGE, _GREEN, _RED, *_ = PALETTE
 _LONG, _WINDOW = 60, 11  # epochs: above the one, single epochs fade behind their running mean over the other
 
 
@@ -55,7 +48,7 @@ def write_learning_curves(rows: Sequence[Row], path: Path, title: str) -> None:
         axis = figure.add_subplot(num_rows, num_columns, number)
         _draw_panel(axis, name, curves)
         _mark_epochs(axis, rows)
-    _save(figure, path, title, _training_notes(rows, panels) if panels else ["no epoch was recorded"])
+    save(figure, path, title, _training_notes(rows, panels) if panels else ["no epoch was recorded"])
 
 
 def _panels(epochs: Sequence[Row]) -> dict[str, list[_Curve]]:
@@ -66,12 +59,13 @@ def _panels(epochs: Sequence[Row]) -> dict[str, list[_Curve]]:
         scatters = key != "learning_rate" and not key.startswith("valid/")
         return _Curve(label, colour, style, points.reshape(-1, 2), scatters)
 
-    def errors(part: str, valid: str) -> list[_Curve]:
-        training = curve(f"labels/{part}", "training, RMSE", _BLUE)
-        replay = curve(f"replay/{part}", "replay, RMSE", _GREEN)
-        for squares in (training, replay):
-            squares.points[:, 1] = 1e3 * np.sqrt(squares.points[:, 1])
-        return [training, replay, curve(f"valid/{valid}", "validation, MAE", _ORANGE)]
+    def errors(what: str, unit: str, part: str, valid: str) -> dict[str, list[_Curve]]:
+        """Training is known by its squares and validation by its absolute errors: beside each other they would mislead."""
+        squares = [curve(f"labels/{part}", "training", _BLUE), curve(f"replay/{part}", "replay", _GREEN)]
+        for of in squares:
+            of.points[:, 1] = 1e3 * np.sqrt(of.points[:, 1])
+        absolute = curve(f"valid/{valid}", "validation", _ORANGE)
+        return {f"{what}, training: RMSE ({unit})": squares, f"{what}, validation: MAE ({unit})": [absolute]}
 
     losses = [curve("loss", "training", _BLUE), curve("valid/loss", "validation", _ORANGE)]
     for group, name, colour in (("labels", "training", _BLUE), ("replay", "replay", _GREEN)):
@@ -79,9 +73,9 @@ def _panels(epochs: Sequence[Row]) -> dict[str, list[_Curve]]:
             losses.append(curve(f"{group}/{part}", f"{name}: {part}", colour, style))
     panels = {
         "loss, and its parts unweighted (eV, Å)": losses,
-        "energy error (meV/atom)": errors("energy", "energy_mae_meV_per_atom"),
-        "force error (meV/Å)": errors("forces", "force_mae_meV_per_A"),
-        "stress error (meV/Å³)": errors("stress", "stress_mae_meV_per_A3"),
+        **errors("energy", "meV/atom", "energy", "energy_mae_meV_per_atom"),
+        **errors("forces", "meV/Å", "forces", "force_mae_meV_per_A"),
+        **errors("stress", "meV/Å³", "stress", "stress_mae_meV_per_A3"),
         "ΔQ after relaxations (√amu Å)": [curve("relaxation/delta_q")],
         "learning rate": [curve("learning_rate")],
         "gradient norm": [curve("gradient_norm")],
@@ -97,7 +91,7 @@ def number(value: Any) -> float:
 
 
 def _draw_panel(axis: Any, name: str, curves: Sequence[_Curve]) -> None:
-    """On a logarithmic axis where the values differ by more than a factor of five."""
+    """On a logarithmic axis, which says so, where the values differ by more than a factor of five."""
     for curve in curves:
         _draw_curve(axis, curve)
     positive = [value for curve in curves for value in curve.positive]
@@ -108,7 +102,7 @@ def _draw_panel(axis: Any, name: str, curves: Sequence[_Curve]) -> None:
     if 5 < ratio < 100:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     if ratio < 100:
-        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.yaxis.set_major_formatter(FormatStrFormatter(_tick_format(axis.get_ylim(), ratio > 5)))
     axis.set_title(name, fontsize=10, loc="left")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if len(curves) > 3:  # they leave no room for a legend
@@ -116,7 +110,14 @@ def _draw_panel(axis: Any, name: str, curves: Sequence[_Curve]) -> None:
         axis.legend(fontsize=7, framealpha=1, handlelength=2.6, ncols=2, loc="upper right")
     elif curves[0].label:
         axis.legend(fontsize=7, framealpha=1, handlelength=2.6)
-    _tidy(axis, "epoch")
+    tidy(axis, "epoch", "log scale" if ratio > 5 else "")
+
+
+def _tick_format(limits: tuple[float, float], has_few_digits: bool) -> str:
+    """One notation for all ticks of an axis; %g changes it at 1e-4 and at 1e6."""
+    if limits[0] >= 1e-4 and limits[1] < 1e6:
+        return "%g"
+    return "%.0e" if has_few_digits else "%.2e"
 
 
 def _draw_curve(axis: Any, curve: _Curve) -> None:
@@ -138,7 +139,7 @@ def _best_epoch(rows: Sequence[Row]) -> tuple[float, int] | None:
 
 
 def _mark_epochs(axis: Any, rows: Sequence[Row]) -> None:
-    """The best epoch, and the setbacks, each after the epoch to which it went back."""
+    """The epoch whose model is kept, and the setbacks, each after the epoch to which it went back."""
     epochs = [row["epoch"] for row in rows if "setback" not in row]
     margin = max(0.7, 0.02 * (max(epochs) - min(epochs)))
     axis.set_xlim(min(epochs) - margin, max(epochs) + margin)
@@ -151,13 +152,26 @@ def _mark_epochs(axis: Any, rows: Sequence[Row]) -> None:
 def _training_notes(rows: Sequence[Row], panels: Mapping[str, Sequence[_Curve]]) -> list[str]:
     notes = []
     if best := _best_epoch(rows):
-        notes.append(f"black line: best epoch {best[1]}, validation loss {best[0]:.4g}")
+        notes.append(
+            f"black line: epoch {best[1]} is kept, which has the lowest validation loss, {best[0]:.4g}"
+        )
+    else:
+        notes.append("no validation: the last epoch is kept")
+    if "labels/forces" in set().union(*rows) and best:
+        notes.append(
+            "RMSE is no MAE: only the losses compare training (mean over the epoch, with all its terms) with validation "
+            "(at the epoch's end)"
+        )
     if setbacks := ", ".join(str(row["back_to_epoch"]) for row in rows if "setback" in row):
         notes.append(f"red dots: set back to the end of epoch {setbacks}, on a lower learning rate")
     if any(curve.scatters and len(curve.points) > _LONG for curves in panels.values() for curve in curves):
         notes.append(f"faint: single epochs, bold: their running mean over {_WINDOW}")
     for key, of_all, note in (
-        ("labels/forces", max, "RMSE: root of the loss part over an epoch's batches (Huber's: less)"),
+        (
+            "labels/forces",
+            max,
+            "RMSE: root of the unweighted loss part over an epoch's batches (Huber's: less)",
+        ),
         ("relaxation/dropped", max, "relaxations left out: at most {:.1%} of an epoch's"),
         ("structures_per_s", np.median, "median {:,.4g} structures/s"),
         ("atoms_per_s", np.median, "median {:,.4g} atoms/s"),
@@ -166,144 +180,3 @@ def _training_notes(rows: Sequence[Row], panels: Mapping[str, Sequence[_Curve]])
         known = [value for row in rows if (value := number(row.get(key))) > 0]
         notes += [note.format(of_all(known))] if known else []
     return notes
-
-
-@dataclass(frozen=True, eq=False)
-class Parity:
-    """One quantity of one set of structures, by the reference and by the model: arrays of equal shape.
-
-    In house units: energies per atom (eV/atom), forces (eV/Å), stress (eV/Å^3). NaN where one of them has no value.
-    """
-
-    reference: np.ndarray
-    predicted: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Quantity:
-    """`factor` leads from house units to those of the axes, `error_factor` from there to those of the errors.
-
-    Energies have an arbitrary zero, so their slope is a line's with an intercept; that of the others goes through the origin,
-    as in `hpcft.bias.metrics`.
-    """
-
-    label: str
-    error_unit: str
-    factor: float = 1.0
-    error_factor: float = 1e3
-    has_zero: bool = True
-
-
-_QUANTITIES = {
-    "energy": _Quantity("energy (eV/atom)", "meV/atom", has_zero=False),
-    "forces": _Quantity("force (eV/Å)", "meV/Å"),
-    "stress": _Quantity("stress (GPa)", "GPa", 1 / units.GPa, 1.0),
-}
-_MOST_POINTS, _WORST_POINTS = 20_000, 200
-
-# Reference and predicted values, [2, values], in the units of the axes, with the colour of their set of structures.
-_Sets = dict[str, tuple[np.ndarray, str]]
-
-
-def write_parity(groups: Mapping[str, Mapping[str, Parity]], path: Path, title: str) -> None:
-    """Write a PNG with predicted over reference `energy`, `forces` and `stress`, and below them how the errors are distributed.
-
-    `groups` are sets of structures: train, validation, replay. Legends tell of all values; of more than 20,000 a fixed
-    random choice is drawn and the 200 that are furthest off, as the figure says.
-    """
-    wrong = sorted({name for parities in groups.values() for name in parities} - set(_QUANTITIES))
-    if wrong:
-        raise ValueError(f"no such quantity: {', '.join(wrong)}; there are {', '.join(_QUANTITIES)}")
-    colours = dict(zip(dict.fromkeys(("train", "validation", "replay", *groups)), itertools.cycle(_PALETTE)))
-    panels: list[tuple[_Quantity, _Sets]] = []
-    num_lost = num_most = 0
-    for name, quantity in _QUANTITIES.items():
-        sets: _Sets = {}
-        for group, parity in ((group, some[name]) for group, some in groups.items() if name in some):
-            values = np.stack([np.ravel(parity.reference), np.ravel(parity.predicted)]).astype(float)
-            finite = values[:, np.isfinite(values).all(axis=0)]
-            num_lost += values.shape[1] - finite.shape[1]
-            num_most = max(num_most, finite.shape[1])
-            if finite.size:
-                sets[group] = quantity.factor * finite, colours[group]
-        panels += [(quantity, sets)] if sets else []
-    figure = Figure(figsize=(max(6.0, 4.3 * len(panels)), 7.2 if panels else 1.2), layout="constrained")
-    grid = figure.add_gridspec(2, max(1, len(panels)), height_ratios=(3, 1.2))
-    for number, (quantity, sets) in enumerate(panels):
-        _draw_parity(figure.add_subplot(grid[0, number]), quantity, sets)
-        _draw_errors(figure.add_subplot(grid[1, number]), quantity, sets)
-    notes = ["below: the middle 99 % of each set's errors"] if panels else ["nothing to compare"]
-    if num_most > _MOST_POINTS:
-        notes.append(f"drawn: at most {_MOST_POINTS:,} of a set, by chance but for the {_WORST_POINTS} worst")
-    notes += [f"left out: {num_lost:,} that are no finite number on both sides"] if num_lost else []
-    _save(figure, path, title, notes)
-
-
-def _drawn(values: np.ndarray) -> np.ndarray:
-    """Few enough for a figure, among them those that are furthest off, always the same ones."""
-    if values.shape[1] <= _MOST_POINTS:
-        return values
-    others, worst = np.split(np.argsort(np.abs(values[1] - values[0])), [-_WORST_POINTS])
-    chosen = np.random.default_rng(0).choice(others, _MOST_POINTS - _WORST_POINTS, replace=False)
-    return values[:, np.concatenate([chosen, worst])]
-
-
-def _legend(group: str, quantity: _Quantity, values: np.ndarray) -> str:
-    reference, predicted = values
-    errors = quantity.error_factor * (predicted - reference)
-    both = np.abs(errors).mean(), math.sqrt((errors**2).mean())
-    mae, rmse = (f"{error:.3g}" if error < 1000 else f"{error:,.0f}" for error in both)
-    text = f"{group} ({len(errors):,}): MAE {mae}, RMSE {rmse} {quantity.error_unit}"
-    centred = reference - (0.0 if quantity.has_zero else reference.mean())
-    square = float(centred @ centred)
-    return f"{text}, slope {float(centred @ predicted) / square:.3f}" if square > 0 else text
-
-
-def _draw_parity(axis: Any, quantity: _Quantity, sets: _Sets) -> None:
-    everything = np.concatenate([values.ravel() for values, _ in sets.values()])
-    margin = 0.04 * np.ptp(everything) or 0.1
-    ends = (everything.min() - margin, everything.max() + margin)
-    axis.plot(ends, ends, color=_QUIET, linestyle="--", linewidth=1)
-    handles = {}
-    for group in sorted(sets, key=lambda group: -sets[group][0].size):  # a large set would hide a small one
-        values, colour = sets[group]
-        size = float(np.clip(40 / values.shape[1] ** 0.4, 2.2, 6))
-        look = {"color": colour, "alpha": 0.5, "markersize": size, "markeredgewidth": 0}
-        (handles[group],) = axis.plot(*_drawn(values), "o", label=_legend(group, quantity, values), **look)
-    legend = axis.legend(
-        handles=[handles[group] for group in sets], fontsize=7, loc="lower left", bbox_to_anchor=(0, 1),
-        frameon=False, alignment="left", handlelength=1, borderaxespad=0.2,
-    )  # fmt: skip
-    for handle in legend.legend_handles:
-        handle.set(alpha=1, markersize=5)
-    axis.set(xlim=ends, ylim=ends, aspect="equal")
-    _tidy(axis, f"reference {quantity.label}", f"predicted {quantity.label}")
-
-
-def _draw_errors(axis: Any, quantity: _Quantity, sets: _Sets) -> None:
-    """Histograms, each as high as its own peak, of the middle 99 %: a narrow one is seen beside a wide one."""
-    for (reference, predicted), colour in sets.values():
-        errors = quantity.error_factor * (predicted - reference)
-        low, high = np.percentile(errors, 0.5, method="lower"), np.percentile(errors, 99.5, method="higher")
-        margin = 0.0 if high > low else 0.01 * abs(high) or 1e-3
-        counts, edges = np.histogram(errors, min(60, math.isqrt(errors.size)), (low - margin, high + margin))
-        axis.stairs(counts / counts.max(), edges, fill=True, fc=(colour, 0.15), ec=colour, linewidth=1.3)
-    axis.axvline(0, color=_QUIET, linestyle="--", linewidth=1)
-    _tidy(axis, f"predicted − reference ({quantity.error_unit})", "count / peak")
-
-
-def _tidy(axis: Any, x: str, y: str = "") -> None:
-    axis.set_xlabel(x, fontsize=9)
-    axis.set_ylabel(y, fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Figure, path: Path, title: str, notes: Sequence[str]) -> None:
-    width = figure.get_figwidth()
-    # A campaign's name may hold a $, which is no formula.
-    figure.suptitle(textwrap.fill(title, int(10 * width)), fontsize=12, parse_math=False)
-    figure.supxlabel(textwrap.fill(" · ".join(notes), int(16 * width)), fontsize=8, color=_QUIET)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    write_bytes(path, buffer.getvalue())

@@ -249,7 +249,8 @@ def _log(
 def _write_figures(
     folder: Path, name: str, trainer: Trainer, potential: Potential, sets: Mapping[str, LabelledSet]
 ) -> None:
-    from hpcft.report.training import write_learning_curves, write_parity
+    from hpcft.report.parity import write_parity
+    from hpcft.report.training import write_learning_curves
 
     write_learning_curves(trainer.log(), folder / "training.png", f"fine-tuning of {name}")
     stress = any(row.get("valid/stress_mae_meV_per_A3") for row in trainer.history)
@@ -259,7 +260,7 @@ def _write_figures(
 
 def parity(potential: Potential, data: LabelledSet, *, stress: bool = False) -> dict[str, Any]:
     """Reference and prediction of energy per atom (eV/atom), forces (eV/Å) and, on demand, stress (eV/Å^3)."""
-    from hpcft.report.training import Parity
+    from hpcft.report.parity import Parity
 
     pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"energy": [], "forces": [], "stress": []}
     for index in range(len(data)):

@@ -31,7 +31,8 @@ class OutlierPolicy:
     `max_force`: largest force on any atom, eV/Å. Below training's ABSURD_FORCE, above which no label can be right: 50 eV/Å
     is what atoms feel that nearly touch, and a few such labels rule the gradient of all others.
     `max_energy`: largest deviation, eV/atom, of an energy from a sum of energies per element fitted to its file; widened to
-    50 times the usual deviation there. `max_share`: outliers among all structures; with more, UserError.
+    50 times the usual deviation there. `max_share`: outliers among all structures; with more, UserError. Unless it is
+    zero, one is left out of the smallest data too.
     """
 
     max_force: float = 50.0
@@ -52,6 +53,12 @@ class OutlierPolicy:
             raise UserError(
                 f"The largest share of outliers is {self.max_share}, but must be from 0 to less than 1."
             )
+
+    def tolerated(self, num_structures: int) -> int:
+        """How many outliers may be left out; never all structures."""
+        if self.max_share == 0:
+            return 0
+        return min(max(1, int(self.max_share * num_structures)), num_structures - 1)
 
 
 @dataclass(frozen=True)

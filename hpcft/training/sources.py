@@ -149,12 +149,13 @@ def _refuse_too_many(
         which = bisect_right(starts, outlier.index) - 1
         return f"{_name(files[which], outlier.index - starts[which])} {outlier.reason}"
 
-    if len(found) > policy.max_share * num_structures:
+    if len(found) > policy.tolerated(num_structures):
         worst = max(found, key=lambda outlier: outlier.excess)
         raise UserError(
             f"{len(found)} of {num_structures} labelled structures are outliers, more than {policy.max_share:.3g} of them. The "
-            f"worst: {describe(worst)}. Check the units (eV, eV/Å) and what the reference did there; remove these frames, "
-            "or allow larger forces or a larger share of outliers if the labels are right."
+            f"worst: {describe(worst)}. Check the units (eV, eV/Å) and what the reference did there; remove these frames, or, "
+            f"if the labels are right, allow larger forces with the key max_force ({policy.max_force:g} eV/Å) or more outliers "
+            f"with max_outliers ({policy.max_share:g} of all) in the YAML file of hpcft train --config."
         )
     return [describe(outlier) for outlier in found]
 

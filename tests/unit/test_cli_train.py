@@ -61,8 +61,10 @@ def test_it_learns_and_leaves_a_model_figures_and_a_table(folder: Path) -> None:
     done = train(folder)
     assert done.returncode == 0, done.stderr
     assert "9 train, 4 validation; 3 steps an epoch, 1 ranks" in done.stdout
-    assert "best epoch:" in done.stdout
     rows = history(folder)
+    kept = 1 + int(np.argmin([row["valid/loss"] for row in rows]))
+    assert f"after: epoch {kept} of 6 kept" in done.stdout
+    assert "warning" not in done.stdout
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1]["valid/loss"] < 0.5 * rows[0]["valid/loss"]
     assert all(row["structures_per_s"] > 0 and row["gradient_norm"] > 0 for row in rows)
@@ -167,6 +169,13 @@ def test_a_folder_of_another_training_is_refused_and_kept(
         assert code == 2
         assert "holds another training" in error
     assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == before
+
+
+def test_validation_data_that_is_trained_on_as_well_is_warned_of(folder: Path) -> None:
+    (folder / "link.extxyz").symlink_to("b.extxyz")
+    done = train(folder, *OPTIONS, "--valid", "link.extxyz", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    assert f"warning: {folder / 'b.extxyz'} is training data and validation data" in done.stdout
 
 
 def test_bad_input_is_refused_before_anything_is_trained(

@@ -5,31 +5,46 @@ from __future__ import annotations
 import importlib.util
 import re
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ase.build import bulk
+from typer.testing import CliRunner
 
+from hpcft.cli.main import app
 from hpcft.config.label_run import ReferenceFile
 from hpcft.config.reference import SHORT_NAMES, Reference
 from hpcft.config.site import Site
 from hpcft.config.training import Train, TrainingRun
 from hpcft.labelling.presets import PRESETS
 from hpcft.labelling.requirements import lacks
+from hpcft.models.files import export_mace, load_model
 
 ROOT = Path(__file__).parents[2]
 
 
 def yaml_examples(name: str) -> list[dict[str, object]]:
-    found = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
-    return [yaml.safe_load(text) for text in found]
+    return [yaml.safe_load(text) for text in yaml_texts(ROOT / "docs" / name)]
+
+
+def yaml_texts(document: Path) -> list[str]:
+    return re.findall(r"```yaml\n(.*?)```", document.read_text(), re.DOTALL)
 
 
 def test_the_table_of_keys_is_what_the_configuration_s_docstrings_say() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "make_keys.py"))["text"]()
     assert (ROOT / "docs" / "keys.md").read_text() == made, "run: python docs/make_keys.py"
+
+
+def test_a_key_that_takes_words_lists_them_where_its_text_does_not_explain_each() -> None:
+    rows = (ROOT / "docs" / "keys.md").read_text().splitlines()
+    (executor,) = [row for row in rows if row.startswith("| `executor` |")]
+    assert executor.endswith("Allowed: `local`, `slurm`. |")
+    (ensemble,) = [row for row in rows if row.startswith("| `explore.ensemble` |")]
+    assert "nvt-svr: velocity" in ensemble and "Allowed" not in ensemble
 
 
 def test_the_examples_of_sites_are_valid_sites() -> None:
@@ -101,11 +116,24 @@ def test_every_link_to_a_file_of_the_repository_leads_somewhere(document: str) -
     assert not missing
 
 
+def test_the_campaign_that_readme_begins_with_passes_hpcft_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (text,) = yaml_texts(ROOT / "README.md")
+    (tmp_path / "campaign.yaml").write_text(text)
+    shutil.copy(ROOT / "campaigns" / "quickstart" / "start.extxyz", tmp_path)
+    shutil.copy(ROOT / "campaigns" / "quickstart" / "vacancies-test.extxyz", tmp_path / "defects.extxyz")
+    foundation = load_model(ROOT / "campaigns" / "foundation" / "emt-metals.pt")
+    export_mace(foundation, tmp_path / "my-foundation.model")
+    monkeypatch.setenv("HPCFT_TRUST_FILE", str(tmp_path / "trusted.json"))
+    monkeypatch.chdir(tmp_path)
+    for command in (["model", "import", "my-foundation.model"], ["check", "campaign.yaml"]):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, (done.output, done.exception)
+    assert "campaign my-campaign: 3 rounds" in done.output and "no problems found" in done.output
+
+
 def test_every_command_that_readme_names_exists() -> None:
-    from typer.testing import CliRunner
-
-    from hpcft.cli.main import app
-
     commands = set(re.findall(r"hpcft (\w+)", (ROOT / "README.md").read_text()))
     runner = CliRunner()
     for command in sorted(commands - {"iterates"}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 import zlib
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from hpcft.report.figure import write_figure
-from hpcft.report.results import METRICS, RoundResult, shown
+from hpcft.report.results import DIGITS, METRICS, RoundResult, shown
 from hpcft.report.table import label_notes, relaxation_notes, relaxations_table, results_table
 
 NAN = float("nan")
@@ -47,10 +48,9 @@ CASES: dict[str, list[RoundResult]] = {
 }
 
 
-@pytest.mark.parametrize("results", CASES.values(), ids=CASES)
-def test_the_figure_is_a_png_with_four_panels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: list[RoundResult]
-) -> None:
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[matplotlib.figure.Figure]:
+    """Those that are saved in this test."""
     figures: list[matplotlib.figure.Figure] = []
     save = matplotlib.figure.Figure.savefig
 
@@ -59,6 +59,13 @@ def test_the_figure_is_a_png_with_four_panels(
         save(figure, *arguments, **options)
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+    return figures
+
+
+@pytest.mark.parametrize("results", CASES.values(), ids=CASES)
+def test_the_figure_is_a_png_with_four_panels(
+    tmp_path: Path, figures: list[matplotlib.figure.Figure], results: list[RoundResult]
+) -> None:
     path = tmp_path / "bias.png"
     write_figure(results, path, "quickstart", 0.95)
     (figure,) = figures
@@ -67,10 +74,39 @@ def test_the_figure_is_a_png_with_four_panels(
     assert titles[:2] == ["energy bias (meV/atom)", "force slope"]
     assert len(titles) == 4
     for axis, (name, _, _) in zip(figure.axes, METRICS, strict=True):
-        drawn = [text.get_text() for text in axis.texts]
-        assert drawn == [f"{row.metrics[name]['value']:.3g}" for row in results if name in row.metrics]
+        # Below the axis, and as the table has them: a label on a curve hides it.
+        drawn = [text.get_text().split("\n")[1] for text in axis.get_xticklabels()]
+        assert drawn == [shown(row.metrics.get(name), DIGITS[name]).split(" ")[0] for row in results]
+        assert not axis.texts
     assert width_and_height(path) == (1350, 960)
     assert [entry.name for entry in tmp_path.iterdir()] == ["bias.png"]
+
+
+def test_errors_that_cannot_be_negative_begin_at_zero_and_have_no_line_of_no_bias(
+    tmp_path: Path, figures: list[matplotlib.figure.Figure]
+) -> None:
+    write_figure(CASES["all measured"], tmp_path / "bias.png", "quickstart", 0.95)
+    energy, slope, force, delta_q = figures[0].axes
+
+    def dashed(axis: Any) -> list[float]:
+        return [line.get_ydata()[0] for line in axis.get_lines() if line.get_linestyle() == "--"]
+
+    assert (dashed(energy), dashed(slope)) == ([0.0], [1.0])
+    for axis in (force, delta_q):
+        assert dashed(axis) == [] and axis.get_ylim()[0] == 0.0 < axis.get_ylim()[1]
+    assert "over replicas (ΔQ: over structures)" in str(figures[0].get_supxlabel())
+
+
+def test_the_names_of_many_rounds_do_not_overlap(
+    tmp_path: Path, figures: list[matplotlib.figure.Figure]
+) -> None:
+    write_figure([result(number, FULL) for number in range(20)], tmp_path / "bias.png", "long", 0.95)
+    figures[0].draw_without_rendering()
+    for axis in figures[0].axes:
+        boxes = sorted(
+            (label.get_window_extent() for label in axis.get_xticklabels()), key=lambda box: box.x0
+        )
+        assert all(left.x1 <= right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def width_and_height(path: Path) -> tuple[int, int]:
@@ -108,6 +144,22 @@ def test_the_table_has_a_row_for_each_round_and_counts_labels_and_explosions() -
     )
     assert all(cell in first for cell in ("–", " 0 ", "32 + 32"))
     assert "95% confidence interval" in text
+
+
+@pytest.mark.parametrize("width", [200, 120, 80, 40])
+def test_at_any_width_nothing_is_cut_and_no_interval_is_broken(width: int) -> None:
+    metrics = FULL | {"delta_q_steps": FULL["force_slope"], "cell_distance": FULL["force_slope"]}
+    rows = [result(0, metrics), result(1, metrics)]
+    relaxations = relaxations_table(rows, 0.95)
+    assert relaxations is not None
+    stream = StringIO()
+    Console(file=stream, width=width).print(results_table(rows, 0.95, "quickstart"), relaxations)
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    cells = ["[-300.0, -260.0]", "[0.15, 0.25]", "[1300, 1500]", "36.60", "32 + 32", "foundation", "round 1"]
+    for cell in (*cells, "training + judging", "energy bias"):
+        assert any(cell in line for line in lines), cell
+    assert ("-280.3 [-300.0, -260.0]" in stream.getvalue()) == (width == 200)
 
 
 def test_the_table_of_relaxations_shows_structures_beside_forces_and_is_left_out_without_any() -> None:

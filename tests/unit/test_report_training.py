@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from hpcft.report.training import Parity, write_learning_curves, write_parity
+from hpcft.report.parity import Parity, write_parity
+from hpcft.report.training import write_learning_curves
 from hpcft.report.training_line import ProgressLine, scalars, tensorboard_writer
 
 NAN = float("nan")
@@ -28,9 +29,12 @@ SETBACK = {
 }
 PANELS = [
     "loss, and its parts unweighted (eV, Å)",
-    "energy error (meV/atom)",
-    "force error (meV/Å)",
-    "stress error (meV/Å³)",
+    "energy, training: RMSE (meV/atom)",
+    "energy, validation: MAE (meV/atom)",
+    "forces, training: RMSE (meV/Å)",
+    "forces, validation: MAE (meV/Å)",
+    "stress, training: RMSE (meV/Å³)",
+    "stress, validation: MAE (meV/Å³)",
     "ΔQ after relaxations (√amu Å)",
     "learning rate",
     "gradient norm",
@@ -91,11 +95,15 @@ HISTORIES: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     ),
     "labels alone": (
         [without(epoch(n), *PLAIN) for n in range(1, 4)],
-        [name for name in PANELS if "ΔQ" not in name and "gradient" not in name],
+        [name for name in PANELS if not any(part in name for part in ("ΔQ", "gradient", "validation"))],
     ),
     "a stress of weight zero": (
         [without(epoch(n, labels__stress=0.0), *PLAIN) for n in range(1, 4)],
-        [name for name in PANELS if not any(part in name for part in ("ΔQ", "gradient", "stress"))],
+        [
+            name
+            for name in PANELS
+            if not any(part in name for part in ("ΔQ", "gradient", "stress", "validation"))
+        ],
     ),
     "setbacks alone": ([SETBACK], []),
     "nothing yet": ([], []),
@@ -159,23 +167,38 @@ def test_learning_curves_are_a_png_with_panels_for_what_there_is(
     assert ("no epoch was recorded" in note(figure)) == (not panels)
 
 
-def test_errors_are_roots_of_the_parts_beside_the_validation(
+def test_errors_are_roots_of_the_parts_and_the_validation_s_other_measure_has_a_panel_of_its_own(
     tmp_path: Path, figures: list[matplotlib.figure.Figure]
 ) -> None:
     write_learning_curves([epoch(1), epoch(2), epoch(4)], tmp_path / "training.png", "errors")
-    energy, forces = figures[0].axes[1:3]
-    assert legend(energy) == ["training, RMSE", "replay, RMSE", "validation, MAE"]
-    training, replay, validation = (
-        line for line in energy.get_lines() if not line.get_label().startswith("_")
-    )
+    energy, energy_valid, forces, forces_valid = figures[0].axes[1:5]
+    assert legend(energy) == ["training", "replay"]
+    training, replay = (line for line in energy.get_lines() if not line.get_label().startswith("_"))
     assert list(training.get_xdata()) == [1.0, 2.0, 4.0]
     assert list(training.get_ydata()) == pytest.approx([20.0, 20.0 / 2**0.5, 10.0])
     assert list(replay.get_ydata()) == pytest.approx([10.0] * 3)
-    assert list(validation.get_ydata()) == [10.0, 5.0, 2.5]
+    assert legend(energy_valid) == ["validation"]
+    assert list(energy_valid.get_lines()[0].get_ydata()) == [10.0, 5.0, 2.5]
     assert list(forces.get_lines()[0].get_ydata()) == pytest.approx([200.0, 200.0 / 2**0.5, 100.0])
+    assert list(forces_valid.get_lines()[0].get_ydata()) == [100.0, 50.0, 25.0]
+    assert "RMSE is no MAE" in note(figures[0])
 
 
-def test_the_best_epoch_and_setbacks_are_marked_in_every_panel_and_told(
+@pytest.mark.parametrize("rates", [(2e-3, 5e-5), (1.02e-4, 9.7e-5), (1e-3, 1e-3, 2e-4), (1e-3, 1e-6)])
+def test_ticks_of_an_axis_are_in_one_notation_and_a_logarithmic_axis_says_that_it_is(
+    tmp_path: Path, figures: list[matplotlib.figure.Figure], rates: tuple[float, ...]
+) -> None:
+    rows = [epoch(number, learning_rate=rate) for number, rate in enumerate(rates, start=1)]
+    write_learning_curves(rows, tmp_path / "training.png", "rates")
+    figures[0].draw_without_rendering()
+    (axis,) = (axis for axis in figures[0].axes if axis.get_title(loc="left") == "learning rate")
+    ticks = [text.get_text() for text in axis.get_yticklabels() if text.get_text()]
+    assert len(ticks) == len(set(ticks)) > 1
+    assert len({"e" in tick or "^" in tick for tick in ticks}) == 1
+    assert (axis.get_yscale() == "log") == (max(rates) > 5 * min(rates)) == (axis.get_ylabel() == "log scale")
+
+
+def test_the_epoch_that_is_kept_and_setbacks_are_marked_in_every_panel_and_told(
     tmp_path: Path, figures: list[matplotlib.figure.Figure]
 ) -> None:
     write_learning_curves(HISTORIES["five epochs and a setback"][0], tmp_path / "training.png", "marks")
@@ -184,7 +207,7 @@ def test_the_best_epoch_and_setbacks_are_marked_in_every_panel_and_told(
         assert lines(axis, "black") == [[3, 3]]  # which has the lowest valid/loss
         assert lines(axis, "#D55E00") == [[2.5, 2.5]]
     for told in (
-        "best epoch 3, validation loss 0.125",
+        "epoch 3 is kept, which has the lowest validation loss, 0.125",
         "set back to the end of epoch 2",
         "at most 25.0% of an epoch's",
         "median 40 structures/s · median 3,840 atoms/s · at most 1,005 MiB",
@@ -199,7 +222,7 @@ def test_a_number_that_is_none_is_a_gap_and_never_the_best(
     write_learning_curves(rows, tmp_path / "training.png", "gaps")
     loss = figures[0].axes[0].get_lines()[0]
     np.testing.assert_array_equal(loss.get_ydata(), [NAN, 0.25, NAN, 0.125, 0.1])
-    assert "best epoch 2," in note(figures[0])
+    assert "epoch 2 is kept" in note(figures[0])
 
 
 def test_of_long_histories_single_epochs_fade_behind_a_mean_and_validation_and_rates_stay(

@@ -202,9 +202,26 @@ def test_more_outliers_than_allowed_are_refused_with_the_worst_of_them(tmp_path:
     message = refusal(tmp_path / "data.h5")
     assert message.startswith("2 of 100 labelled structures are outliers, more than 0.01 of them.")
     assert f"The worst: frame 8 of {tmp_path / 'data.h5'} has a force of 200 eV/Å" in message
+    assert "the key max_force (50 eV/Å)" in message
+    assert "max_outliers (0.01 of all) in the YAML file of hpcft train --config" in message
     assert len(open_labelled([tmp_path / "data.h5"], outliers=OutlierPolicy(max_share=0.02))) == 98
     assert len(open_labelled([tmp_path / "data.h5"], outliers=OutlierPolicy(max_force=150))) == 99
     assert len(open_labelled([tmp_path / "data.h5"], outliers=OutlierPolicy(max_force=201))) == 100
+
+
+def test_a_single_outlier_of_few_structures_is_left_out_unless_none_may_be_or_nothing_remains(
+    tmp_path: Path,
+) -> None:
+    structures = data_set(18)
+    structures[7].arrays["REF_forces"][2] = (0, 60, 80)
+    write_structures(tmp_path / "data.h5", structures)
+    write_structures(tmp_path / "alone.h5", structures[7:8])
+    source = open_labelled([tmp_path / "data.h5"])
+    assert len(source) == 17
+    assert source.dropped == [f"frame 7 of {tmp_path / 'data.h5'} has a force of 100 eV/Å, above 50"]
+    with pytest.raises(UserError, match="1 of 18 labelled structures are outliers, more than 0 of them"):
+        open_labelled([tmp_path / "data.h5"], outliers=OutlierPolicy(max_share=0))
+    assert refusal(tmp_path / "alone.h5").startswith("1 of 1 labelled structures are outliers")
 
 
 def test_energies_in_another_unit_are_refused(tmp_path: Path) -> None:
