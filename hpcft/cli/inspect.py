@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hpcft.cli.targets import Force, check_writable
 from hpcft.errors import UserError
 
 
@@ -27,8 +28,12 @@ def inspect(
     h5md: Annotated[
         Path | None, typer.Option(help="Write a small .h5md view of one replica, which MDAnalysis opens.")
     ] = None,
+    force: Force = False,
 ) -> None:
     """Show what an HDF5 file holds: kind, provenance, replicas, frames, ranges; export it on request."""
+    for target in (extxyz, h5md):
+        if target is not None:
+            check_writable(target, force, file)
     from hpcft.storage.inspection import inspect_file
 
     report = inspect_file(file)

@@ -57,6 +57,9 @@ def test_labels_are_imported_counted_and_exported_for_mace(mine: Path) -> None:
     assert "2 labels and 0 relaxations in 1 shards" in run("info", store)
 
     run("export", store, "-o", mine / "out.extxyz", "--reference", reference)
+    with pytest.raises(UserError, match=r"out\.extxyz is there already"):
+        run("export", store, "-o", mine / "out.extxyz", "--reference", reference)
+    run("export", store, "-o", mine / "out.extxyz", "--reference", reference, "--force")
     exported = ase.io.read(mine / "out.extxyz", ":")
     assert sorted(atoms.info["REF_energy"] for atoms in exported) == [-2.0, 0.0]
     assert all(atoms.arrays["REF_forces"].shape == (4, 3) for atoms in exported)

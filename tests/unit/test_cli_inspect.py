@@ -1,0 +1,98 @@
+"""hpcft inspect, and what other commands write under a name that the user gives."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from hpcft.cli.main import app
+from hpcft.errors import UserError
+from hpcft.models.files import save_model
+from hpcft.models.morse import MorsePotential
+from hpcft.storage.trajectory import FrameBlock, consolidate, segment_path, write_segment
+
+STEPS = [0, 10, 20]
+
+
+def block(replica: int) -> FrameBlock:
+    """Three frames of two atoms, the last without forces; a short observable and a long one."""
+    random = np.random.default_rng(replica)
+    positions, velocities, forces = random.normal(size=(3, 3, 2, 3)).astype(np.float32)
+    forces[-1] = np.nan
+    return FrameBlock(
+        replica=replica,
+        numbers=np.array([29, 29]),
+        masses=np.full(2, 63.546),
+        pbc=np.ones(3, dtype=bool),
+        step=np.array(STEPS),
+        time_fs=np.array(STEPS) * 1.0,
+        positions=positions,
+        velocities=velocities,
+        forces=forces,
+        cell=np.tile(np.eye(3) * 5, (3, 1, 1)),
+        potential_energy=random.normal(size=3),
+        temperature_K=random.normal(size=3),
+        observables={"descriptor": random.normal(size=(3, 64)), "committee_energies": np.ones((3, 2))},
+    )
+
+
+@pytest.fixture
+def trajectory(tmp_path: Path) -> Path:
+    (tmp_path / "segments").mkdir()
+    segment = segment_path(tmp_path / "segments", 0)
+    write_segment(segment, [block(0), block(7)], {"0000": {}})
+    consolidate([segment], tmp_path / "md.h5", {})
+    return tmp_path / "md.h5"
+
+
+def hpcft(*words: object) -> Result:
+    return CliRunner().invoke(app, [*map(str, words)], catch_exceptions=False)
+
+
+def refused(message: str, *words: object) -> None:
+    with pytest.raises(UserError, match=message):
+        hpcft(*words)
+
+
+# What is written where something is already
+
+
+@pytest.mark.parametrize("option", ["--extxyz", "--h5md"])
+def test_an_export_overwrites_nothing_unless_it_is_told_to_and_its_own_input_never(
+    trajectory: Path, option: str
+) -> None:
+    sound, words = trajectory.read_bytes(), ("inspect", trajectory, "--replica", "0", option)
+    out = trajectory.with_name("campaign.yaml")
+    out.write_text("mine")
+    refused("campaign.yaml is there already; .*--force", *words, out)
+    assert out.read_text() == "mine"
+    assert hpcft(*words, out, "--force").exit_code == 0
+    assert out.read_bytes() != b"mine"
+    hard, soft = trajectory.with_name("hard.h5"), trajectory.with_name("soft.h5")
+    os.link(trajectory, hard)
+    soft.symlink_to(trajectory)
+    for itself in (trajectory, hard, soft):
+        refused("is an input or a folder", *words, itself, "--force")
+    assert trajectory.read_bytes() == sound
+
+
+def test_a_model_is_not_exported_over_itself_nor_over_another_file(tmp_path: Path) -> None:
+    model = tmp_path / "same.pt"
+    save_model(model, MorsePotential([29], cutoff=4.0))
+    sound = model.read_bytes()
+    refused("is an input or a folder", "model", "export", model, model, "--force")
+    (tmp_path / "mine.model").write_text("mine")
+    refused("mine.model is there already", "model", "export", model, tmp_path / "mine.model")
+    assert (model.read_bytes(), (tmp_path / "mine.model").read_text()) == (sound, "mine")
+
+
+def test_a_foundation_model_that_is_there_is_not_made_again_over_it(tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "campaigns" / "foundation" / "emt-metals.yaml"
+    for there in ("mine.pt", "mine-replay.extxyz"):
+        (tmp_path / there).write_text("mine")
+        refused(f"{there} is there already", "model", "pretrain", recipe, "-o", tmp_path / "mine.pt")
+        (tmp_path / there).unlink()
