@@ -12,6 +12,7 @@ import typer
 
 from hpcft.cli.md_table import show_replicas
 from hpcft.cli.relax import Device, Precision
+from hpcft.cli.targets import check_model_file, check_run_folder
 from hpcft.cli.train import use_threads
 from hpcft.errors import UserError
 
@@ -140,6 +141,10 @@ def md(
 
     _check_numbers(timestep=timestep, thermostat_fs=thermostat_fs, barostat_fs=barostat_fs)
     _check_limits(max_spread, committee, max_q_residual, q_reference)
+    check_run_folder(output)
+    models = [model_file, *(committee or [])]
+    for path in models:
+        check_model_file(path)
     thermostat, barostat = ENSEMBLES[ensemble.value]
     dynamics = Dynamics(
         _ramp(temperature, steps, "temperature", lowest=0.0),
@@ -158,11 +163,11 @@ def md(
         min_distance=min_distance,
         max_observed={name: most for name, most in limits.items() if most is not None},
     )
-    models = [model_file, *(committee or [])]
-    about = _provenance(models, q_reference, mean_forces=mean_forces, precision=precision)
+    structures = read_any(structures_file)
     known = None if q_reference is None else read_any(q_reference)
+    about = _provenance(models, q_reference, mean_forces=mean_forces, precision=precision)
     request = MdRequest(
-        read_any(structures_file), output, Stretch(steps, frame_every, segment_frames), dynamics, guards,
+        structures, output, Stretch(steps, frame_every, segment_frames), dynamics, guards,
         copies, rattle, strain, seed, batch_atoms, about,
         _intervals(frame_every, velocities=velocities_every, forces=forces_every),
     )  # fmt: skip

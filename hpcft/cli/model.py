@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from hpcft.cli.targets import Force, check_writable
+from hpcft.cli.targets import Force, check_model_file, check_writable
 from hpcft.errors import UserError
 
 app = typer.Typer(help="Foundation models: make, trust, export, describe.", no_args_is_help=True)
@@ -61,8 +61,7 @@ def pretrain(
 @app.command("import")
 def import_(model_file: ModelFile) -> None:
     """Trust a pickled model file from now on, by its SHA-256. Loading it can run any code: know where it comes from."""
-    if not model_file.is_file():
-        raise UserError(f"there is no model file {model_file}")
+    check_model_file(model_file)
     from hpcft.models.files import load_model, sha256_of
     from hpcft.models.trust import distrust, is_trusted, trust, trust_file
 

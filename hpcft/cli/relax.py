@@ -170,13 +170,11 @@ def _load(model_file: Path, device: Device, precision: Precision | None) -> Pote
     import torch
 
     from hpcft.models.files import load_model
+    from hpcft.training.distributed import choose_device
+    from hpcft.training.rank import Rank
 
-    available = torch.cuda.is_available()
-    if device is Device.cuda and not available:
-        raise UserError("torch sees no GPU here; use --device cpu, or run where there is one")
-    where = "cuda" if available and device is not Device.cpu else "cpu"
     dtype = None if precision is None else getattr(torch, precision.value)
-    return load_model(model_file, dtype=dtype, device=where)
+    return load_model(model_file, dtype=dtype, device=choose_device(Rank(), device.value))
 
 
 def _check_structures(structures: Sequence[Atoms], file: Path, potential: Potential, with_cell: bool) -> None:

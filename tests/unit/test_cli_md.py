@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.constraints import FixAtoms
@@ -254,6 +255,10 @@ def test_bad_input_is_refused_before_anything_runs(
         ([crystal], ("--max-q-residual", "2"), "--q-reference"),
         ([crystal], ("--forces-every", "7"), "--forces-every is 7, and a frame is stored every 5 steps"),
         ([crystal], ("--model", "in.extxyz"), "in.extxyz is no model file"),
+        ([crystal], ("--model", "gone.pt"), "there is no model file gone.pt"),
+        ([crystal], ("--committee", "gone.pt"), "there is no model file gone.pt"),
+        ([crystal], ("--q-reference", "gone.extxyz"), "gone.extxyz does not exist or is no file"),
+        ([crystal], ("-o", "morse.pt"), "morse.pt is a file; name a folder"),
     ]
     for structures, options, message in cases:
         write(folder / "in.extxyz", structures)
@@ -275,6 +280,24 @@ def test_a_folder_of_another_run_is_refused_and_kept(
         assert "holds another run" in error
     assert {path.name: path.read_bytes() for path in (folder / "out").glob("*.*")} == before
     assert json.loads(before["run.json"])["stretch"]["steps"] == 40
+
+
+def test_a_folder_of_a_campaign_is_no_folder_for_a_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "runs").mkdir()
+    (folder / "runs" / "campaign.json").write_text("{}")
+    code, _, error = in_this_process(folder, monkeypatch, capsys, *BASIC, "-o", "runs")
+    assert code == 2 and "runs belongs to a campaign; choose another folder" in error
+    assert [path.name for path in (folder / "runs").iterdir()] == ["campaign.json"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told_without_a_traceback(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = in_this_process(folder, monkeypatch, capsys, *BASIC, "-o", "out", "--device", "cuda")
+    assert code == 2 and "torch sees no GPU here" in error
 
 
 def test_hydrogen_with_a_long_time_step_is_warned_of(
