@@ -106,7 +106,9 @@ def test_velocities_and_forces_are_kept_as_often_as_was_asked_and_the_run_is_the
     code, _, error = in_this_process(
         folder, monkeypatch, capsys, *BASIC, "--forces-every", "20", "-o", "some"
     )
-    assert code == 2 and "holds another run (its every differ" in error
+    assert (
+        code == 2 and "holds another run (forces-every: 10 -> 20, velocities-every: 20 -> not there)" in error
+    )
 
 
 def test_a_cell_under_pressure_shrinks_and_its_volume_is_told(
@@ -274,12 +276,25 @@ def test_a_folder_of_another_run_is_refused_and_kept(
 ) -> None:
     assert in_this_process(folder, monkeypatch, capsys, *BASIC, "-o", "out")[0] == 0
     before = {path.name: path.read_bytes() for path in (folder / "out").glob("*.*")}
-    for other in (("--seed", "1"), ("--steps", "50"), ("--model", "other.pt")):
+    for other, different in (
+        (("--seed", "1"), "(seed: 0 -> 1)"),
+        (("--steps", "50"), "(steps: 40 -> 50)"),
+        (("--model", "other.pt"), "(models: the file's content has changed"),
+        (("--temperature", "400"), "(max-temperature: 1500 -> 2000, temperature: 300 -> 400)"),
+        (("--temperature", "300:200"), '(temperature: 300 -> "300:200")'),
+        (("--friction-per-ps", "0.5"), "(friction-per-ps: 10 -> 0.5)"),
+        (("--max-spread", "1", "--committee", "other.pt"), "max-spread: not there -> 1, models: "),
+    ):
         code, _, error = in_this_process(folder, monkeypatch, capsys, *BASIC, *other, "-o", "out")
         assert code == 2
-        assert "holds another run" in error
+        assert "out holds another run" in error and different in error, error
+        assert "cannot be made longer" in error
     assert {path.name: path.read_bytes() for path in (folder / "out").glob("*.*")} == before
     assert json.loads(before["run.json"])["stretch"]["steps"] == 40
+    (folder / "training").mkdir()
+    (folder / "training" / "run.json").write_text('{"model": "sha256:0"}')
+    code, _, error = in_this_process(folder, monkeypatch, capsys, *BASIC, "-o", "training")
+    assert code == 2 and "training holds another run (of another kind)" in error
 
 
 def test_a_folder_of_a_campaign_is_no_folder_for_a_run(
