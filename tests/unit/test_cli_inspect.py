@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import ase.io
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
@@ -13,7 +14,8 @@ from hpcft.cli.main import app
 from hpcft.errors import UserError
 from hpcft.models.files import save_model
 from hpcft.models.morse import MorsePotential
-from hpcft.storage.trajectory import FrameBlock, consolidate, segment_path, write_segment
+from hpcft.storage.structures import write_structures
+from hpcft.storage.trajectory import FrameBlock, Trajectory, consolidate, segment_path, write_segment
 
 STEPS = [0, 10, 20]
 
@@ -96,3 +98,37 @@ def test_a_foundation_model_that_is_there_is_not_made_again_over_it(tmp_path: Pa
         (tmp_path / there).write_text("mine")
         refused(f"{there} is there already", "model", "pretrain", recipe, "-o", tmp_path / "mine.pt")
         (tmp_path / there).unlink()
+
+
+# Extended XYZ
+
+
+def test_frames_come_back_from_extended_xyz_with_energy_and_forces_where_they_have_them(
+    trajectory: Path,
+) -> None:
+    out = trajectory.with_name("out.extxyz")
+    said = hpcft("inspect", trajectory, "--extxyz", out).output
+    assert "6 structures" in said and "descriptor (64 numbers)" in said
+    assert max(map(len, out.read_text().splitlines())) < 600
+    frames = ase.io.read(out, ":")
+    assert [(atoms.info["replica"], atoms.info["step"]) for atoms in frames] == [
+        (replica, step) for replica in (0, 7) for step in STEPS
+    ]
+    with Trajectory(trajectory) as stored:
+        expected = [atoms for replica in stored for atoms in stored[replica]]
+    for found, atoms in zip(frames, expected, strict=True):
+        assert found.get_potential_energy() == atoms.get_potential_energy()
+        assert found.calc.results.keys() == atoms.calc.results.keys()
+        assert ("forces" in found.calc.results) == (found.info["step"] < STEPS[-1])
+        if "forces" in found.calc.results:
+            np.testing.assert_array_equal(found.get_forces(), atoms.get_forces())
+        np.testing.assert_array_equal(found.positions, atoms.positions)
+        np.testing.assert_array_equal(found.get_momenta(), atoms.get_momenta())
+        assert found.info["committee_energies"].tolist() == [1, 1]
+        assert "descriptor" not in found.info
+
+
+def test_no_frames_are_no_export(tmp_path: Path) -> None:
+    write_structures(tmp_path / "none.h5", [])
+    refused("holds no frames", "inspect", tmp_path / "none.h5", "--extxyz", tmp_path / "out.extxyz")
+    assert not (tmp_path / "out.extxyz").exists()
