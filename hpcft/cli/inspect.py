@@ -40,6 +40,8 @@ def inspect(
     from hpcft.storage.inspection import inspect_file
 
     report = inspect_file(file)
+    for warning in report["warnings"]:
+        typer.echo(f"hpcft: warning: {warning}", err=True)
     if extxyz is not None:
         _export(file, report["kind"], replica, extxyz)
     if h5md is not None:
@@ -109,6 +111,8 @@ def _show(report: dict[str, Any], datasets: bool) -> None:
         console.print(_replica_table(report["replicas"]))
     if "structures" in report:
         for key, value in report["structures"].items():
+            if value is None or _short(value) == "none":
+                continue
             console.print(f"  {key.replace('_', ' ')}: {_short(value)}", soft_wrap=True)
     if datasets or not ({"replicas", "structures"} & report.keys()):
         console.print(_dataset_table(report["datasets"]))

@@ -8,6 +8,7 @@ from pathlib import Path
 import ase.io
 import numpy as np
 import pytest
+from ase import Atoms
 from typer.testing import CliRunner, Result
 
 from hpcft.cli.main import app
@@ -132,3 +133,49 @@ def test_no_frames_are_no_export(tmp_path: Path) -> None:
     write_structures(tmp_path / "none.h5", [])
     refused("holds no frames", "inspect", tmp_path / "none.h5", "--extxyz", tmp_path / "out.extxyz")
     assert not (tmp_path / "out.extxyz").exists()
+
+
+# What is shown
+
+
+def test_what_is_no_hdf5_file_is_told_apart_from_a_damaged_one(trajectory: Path) -> None:
+    model = trajectory.with_name("model.pt")
+    save_model(model, MorsePotential([29], cutoff=4.0))
+    refused(r"model\.pt is no HDF5 file.*hpcft model info .*model\.pt", "inspect", model)
+    refused(r"is a folder; name an HDF5 file in it, such as .*md\.h5", "inspect", trajectory.parent)
+    trajectory.unlink()
+    (trajectory.parent / "segments").rename(trajectory.with_name("segments-0000"))
+    refused(r"such as .*segments-0000/segment-0000\.h5", "inspect", trajectory.parent)
+
+
+def test_a_trajectory_whose_seal_is_broken_or_gone_is_shown_with_a_warning(trajectory: Path) -> None:
+    assert hpcft("inspect", trajectory).stderr == ""
+    content = trajectory.read_bytes()
+    digest = content.index(b"sha256 ") + len(b"sha256 ")
+    other = b"1" if content[digest : digest + 1] == b"0" else b"0"
+    trajectory.write_bytes(content[:digest] + other + content[digest + 1 :])
+    said = hpcft("inspect", trajectory)
+    assert said.exit_code == 0 and "Cu2" in said.stdout
+    assert "its SHA-256 is not the one that was written" in said.stderr
+    trajectory.write_bytes(b"x" * 20 + content[20:])
+    assert "has lost hpcft's seal" in hpcft("inspect", trajectory).stderr
+
+
+def test_of_relaxations_the_energies_steps_and_forces_are_shown(tmp_path: Path) -> None:
+    structures = [Atoms("Cu2", positions=np.eye(3)[:2] * 2.5) for _ in range(3)]
+    for number, atoms in enumerate(structures):
+        atoms.info = {"energy_start": -2.0, "energy_relaxed": -4.0 - number, "num_steps": 5 + number}
+        atoms.info |= {"max_force": 0.01, "converged": int(number > 0)}
+    write_structures(tmp_path / "relaxations.h5", structures)
+    shown = hpcft("inspect", tmp_path / "relaxations.h5").stdout
+    assert "none" not in shown.lower()
+    assert "start energy per atom eV: -1 … -1" in shown
+    assert "relaxed energy per atom eV: -3 … -2 (mean -2.5)" in shown
+    assert "num steps: 5 … 7" in shown
+    assert "max force eV per Angstrom: 0.01 … 0.01" in shown
+    assert "num converged: 2" in shown
+    for number, atoms in enumerate(structures):  # as the probe stage writes them
+        atoms.info = {"model_energy": -2.0, "steps": 5 + number, "converged": 1}
+    write_structures(tmp_path / "relaxed.h5", structures)
+    shown = hpcft("inspect", tmp_path / "relaxed.h5").stdout
+    assert "model energy per atom eV: -1 … -1" in shown and "num steps: 5 … 7" in shown
