@@ -84,8 +84,13 @@ def md(
         int, typer.Option(min=1, help="Frames that are committed at once: a kill loses at most these.")
     ] = 100,
     max_temperature: Annotated[
-        float, typer.Option(help="Guard: a hotter replica has exploded, K. Default: 5 times the highest.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Guard: a hotter replica has exploded, K. Default: 5 times the highest of --temperature.",
+            show_default=False,
+        ),
+    ] = None,
     min_distance: Annotated[float, typer.Option(min=0, help="Guard: closest pair of atoms, Å.")] = 0.8,
     committee: Annotated[
         list[Path] | None,
@@ -224,8 +229,10 @@ def _ramp(text: str, steps: int, name: str, lowest: float) -> float | Ramp:
         values = [float(part) for part in text.split(":")]
     except ValueError:
         values = []
-    if len(values) not in (1, 2) or not all(math.isfinite(v) and v >= lowest for v in values):
+    if len(values) not in (1, 2) or not all(map(math.isfinite, values)):
         raise UserError(f"--{name} is {text}; write a number, or two as START:END")
+    if min(values) < lowest:
+        raise UserError(f"--{name} is {text}; it must not be below {lowest:g}")
     return values[0] if len(values) == 1 else Ramp(values[0], values[1], steps)
 
 

@@ -251,7 +251,7 @@ def test_bad_input_is_refused_before_anything_runs(
         ([left], ("--ensemble", "npt"), "left-handed cell"),
         ([cluster], ("--ensemble", "npt"), "not periodic in all directions"),
         ([crystal], ("--temperature", "hot"), "--temperature is hot"),
-        ([crystal], ("--temperature", "-3"), "--temperature is -3"),
+        ([crystal], ("--temperature", "-3"), "--temperature is -3; it must not be below 0"),
         ([crystal], ("--timestep", "0"), "--timestep is 0"),
         ([crystal], ("--max-spread", "0.1"), "--committee"),
         ([crystal], ("--max-q-residual", "2"), "--q-reference"),

@@ -68,6 +68,12 @@ def test_labels_are_imported_counted_and_exported_for_mace(mine: Path) -> None:
     assert "2 labels imported" in again
 
 
+def test_structures_without_labels_are_told_where_labels_come_from(mine: Path) -> None:
+    write_extxyz(mine / "plain.extxyz", [bulk("Cu", cubic=True)] * 2)
+    with pytest.raises(UserError, match=r"2 of 2 structures are no labels.*--energy-key.*hpcft label\."):
+        run("import", mine / "labels", mine / "plain.extxyz", "--reference", mine / "emt.yaml")
+
+
 def test_a_store_that_does_not_exist_and_a_reference_without_labels_are_told(mine: Path) -> None:
     with pytest.raises(UserError, match="there is no label store"):
         run("info", mine / "nowhere")
