@@ -53,7 +53,7 @@ def verify(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A campaign's folder, an archive of one, an HDF5 file, or a folder of segments.",
+            help="A campaign's folder, an archive of one, an HDF5 file, or the folder of a run of hpcft md.",
             show_default=False,
         ),
     ],
@@ -62,7 +62,7 @@ def verify(
         Path | None,
         typer.Option(
             metavar="OUT",
-            help="Write what can be proven of a damaged trajectory, or what a folder of segments has committed, as a new "
+            help="Write what can be proven of a damaged trajectory, or what a run has committed in segments, as a new "
             "trajectory.",
         ),
     ] = None,
@@ -100,11 +100,19 @@ class _Report:
 
 
 def _verified(path: Path) -> _Report:
+    from hpcft.storage.segments import segment_folders
     from hpcft.storage.soundness import check_file, check_folder, hdf5_files, is_hdf5
 
     if path.is_dir():
-        if hdf5_files(path) and not CampaignFolder(path).identity.exists():
-            return _of_files(check_folder(path))
+        segments = segment_folders(path)
+        if (hdf5_files(path) or segments) and not CampaignFolder(path).identity.exists():
+            # Segments first: a run that ends meanwhile deletes them when its trajectory is there.
+            parts = [part for folder in (*segments, path) for part in check_folder(folder)]
+            if not parts:
+                raise UserError(
+                    f"{path} holds a run that has committed nothing yet, so there is nothing to check"
+                )
+            return _of_files(parts)
         from hpcft.campaign.verify import verify_campaign
 
         return _of_campaign(path, verify_campaign(CampaignFolder(path.absolute())))
@@ -161,7 +169,7 @@ def _repair(path: Path, out: Path, as_json: bool) -> None:
 
     try:
         with _busy(f"reading {path}"):
-            done = repair(path, out)
+            done = repair(_to_repair(path, out), out)
     except (
         DamagedFile
     ) as error:  # as other errors of the user's, but 2 means a wrong argument, and this is damage
@@ -172,6 +180,25 @@ def _repair(path: Path, out: Path, as_json: bool) -> None:
         typer.echo(json.dumps(facts, indent=1))
         return
     typer.echo(f"{out}: {done.num_frames} frames of {path}, each of them proven. {_losses(done.about)}")
+
+
+def _to_repair(path: Path, out: Path) -> Path:
+    """Of the folder of a run the one that holds its segments; all else as it is."""
+    from hpcft.storage.segments import segment_files, segment_folders
+
+    if not path.is_dir() or segment_files(path) or not (folders := segment_folders(path)):
+        return path
+    if len(folders) > 1:
+        raise UserError(
+            f"{path} holds the segments of {len(folders)} ranks, and a repair makes a file of one's; name one of "
+            f"{', '.join(map(str, folders))}"
+        )
+    if out.absolute().parent.resolve() == path.resolve():
+        raise UserError(
+            f"{out} would stand in the folder of the run, which takes itself for finished where it finds a trajectory; "
+            "name a file in another folder"
+        )
+    return folders[0]
 
 
 def _losses(about: Mapping[str, Any]) -> str:

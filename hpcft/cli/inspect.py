@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hpcft.cli.targets import Force, check_writable
 from hpcft.errors import UserError
+
+if TYPE_CHECKING:
+    from ase import Atoms
 
 
 def inspect(
@@ -27,36 +31,61 @@ def inspect(
     h5md: Annotated[
         Path | None, typer.Option(help="Write a small .h5md view of one replica, which MDAnalysis opens.")
     ] = None,
+    force: Force = False,
 ) -> None:
     """Show what an HDF5 file holds: kind, provenance, replicas, frames, ranges; export it on request."""
+    for target in (extxyz, h5md):
+        if target is not None:
+            check_writable(target, force, file)
     from hpcft.storage.inspection import inspect_file
 
     report = inspect_file(file)
+    for warning in report["warnings"]:
+        typer.echo(f"hpcft: warning: {warning}", err=True)
     if extxyz is not None:
-        typer.echo(f"{extxyz}: {_export(file, report['kind'], replica, extxyz)} structures")
-    elif h5md is not None:
+        _export(file, report["kind"], replica, extxyz)
+    if h5md is not None:
         _view(file, report["kind"], replica, h5md)
-    elif as_json:
+    if extxyz is not None or h5md is not None:
+        return
+    if as_json:
         typer.echo(json.dumps(report, indent=1))
     else:
         _show(report, datasets)
 
 
-def _export(file: Path, kind: str, replica: int | None, target: Path) -> int:
-    from hpcft.storage.extxyz import write_extxyz
+def _export(file: Path, kind: str, replica: int | None, target: Path) -> None:
+    from hpcft.storage.extxyz import without_long_info, write_extxyz
+
+    structures, left_out = without_long_info(_structures(file, kind, replica))
+    if not structures:
+        which = "" if replica is None else f" of replica {replica}"
+        raise UserError(f"{file} holds no frames{which}, so there is nothing to write")
+    write_extxyz(target, structures)
+    typer.echo(f"{target}: {len(structures)} structures")
+    if left_out:
+        names = ", ".join(f"{name} ({count} numbers)" for name, count in left_out.items())
+        typer.echo(f"left out, as too long for a comment line: {names}")
+
+
+def _structures(file: Path, kind: str, replica: int | None) -> list[Atoms]:
+    """What an extended XYZ is made of; frames say of which replica they are, and have energy and forces as ASE reads them."""
+    from hpcft.storage.extxyz import with_results
     from hpcft.storage.structures import read_structures
     from hpcft.storage.trajectory import Trajectory
 
     if kind == "structures":
-        structures = read_structures(file)
-    elif kind == "trajectory":
-        with Trajectory(file) as trajectory:
-            chosen = trajectory.replicas if replica is None else [replica]
-            structures = [atoms for r in chosen for atoms in trajectory.frames(r)]
-    else:
+        if replica is not None:
+            raise UserError(f"{file} is of kind '{kind}', which has no replicas; leave --replica out")
+        return read_structures(file)
+    if kind != "trajectory":
         raise UserError(f"{file} is of kind '{kind}'; only trajectories and structures are written as extxyz")
-    write_extxyz(target, structures)
-    return len(structures)
+    with Trajectory(file) as trajectory:
+        chosen = trajectory.replicas if replica is None else [replica]
+        frames = [with_results(atoms, replica=r) for r in chosen for atoms in trajectory.frames(r)]
+    for atoms in frames:
+        del atoms.info["potential_energy"]  # it is `energy` here
+    return frames
 
 
 def _view(file: Path, kind: str, replica: int | None, target: Path) -> None:
@@ -82,6 +111,8 @@ def _show(report: dict[str, Any], datasets: bool) -> None:
         console.print(_replica_table(report["replicas"]))
     if "structures" in report:
         for key, value in report["structures"].items():
+            if value is None or _short(value) == "none":
+                continue
             console.print(f"  {key.replace('_', ' ')}: {_short(value)}", soft_wrap=True)
     if datasets or not ({"replicas", "structures"} & report.keys()):
         console.print(_dataset_table(report["datasets"]))

@@ -12,6 +12,7 @@ import typer
 
 from hpcft.cli.md_table import show_replicas
 from hpcft.cli.relax import Device, Precision
+from hpcft.cli.targets import check_model_file, check_run_folder
 from hpcft.cli.train import use_threads
 from hpcft.errors import UserError
 
@@ -83,8 +84,13 @@ def md(
         int, typer.Option(min=1, help="Frames that are committed at once: a kill loses at most these.")
     ] = 100,
     max_temperature: Annotated[
-        float, typer.Option(help="Guard: a hotter replica has exploded, K. Default: 5 times the highest.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Guard: a hotter replica has exploded, K. Default: 5 times the highest of --temperature.",
+            show_default=False,
+        ),
+    ] = None,
     min_distance: Annotated[float, typer.Option(min=0, help="Guard: closest pair of atoms, Å.")] = 0.8,
     committee: Annotated[
         list[Path] | None,
@@ -140,6 +146,10 @@ def md(
 
     _check_numbers(timestep=timestep, thermostat_fs=thermostat_fs, barostat_fs=barostat_fs)
     _check_limits(max_spread, committee, max_q_residual, q_reference)
+    check_run_folder(output)
+    models = [model_file, *(committee or [])]
+    for path in models:
+        check_model_file(path)
     thermostat, barostat = ENSEMBLES[ensemble.value]
     dynamics = Dynamics(
         _ramp(temperature, steps, "temperature", lowest=0.0),
@@ -158,11 +168,11 @@ def md(
         min_distance=min_distance,
         max_observed={name: most for name, most in limits.items() if most is not None},
     )
-    models = [model_file, *(committee or [])]
-    about = _provenance(models, q_reference, mean_forces=mean_forces, precision=precision)
+    structures = read_any(structures_file)
     known = None if q_reference is None else read_any(q_reference)
+    about = _provenance(models, q_reference, mean_forces=mean_forces, precision=precision)
     request = MdRequest(
-        read_any(structures_file), output, Stretch(steps, frame_every, segment_frames), dynamics, guards,
+        structures, output, Stretch(steps, frame_every, segment_frames), dynamics, guards,
         copies, rattle, strain, seed, batch_atoms, about,
         _intervals(frame_every, velocities=velocities_every, forces=forces_every),
     )  # fmt: skip
@@ -219,8 +229,10 @@ def _ramp(text: str, steps: int, name: str, lowest: float) -> float | Ramp:
         values = [float(part) for part in text.split(":")]
     except ValueError:
         values = []
-    if len(values) not in (1, 2) or not all(math.isfinite(v) and v >= lowest for v in values):
+    if len(values) not in (1, 2) or not all(map(math.isfinite, values)):
         raise UserError(f"--{name} is {text}; write a number, or two as START:END")
+    if min(values) < lowest:
+        raise UserError(f"--{name} is {text}; it must not be below {lowest:g}")
     return values[0] if len(values) == 1 else Ramp(values[0], values[1], steps)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from hpcft.cli.targets import Force, check_model_file, check_writable
 from hpcft.errors import UserError
 
 app = typer.Typer(help="Foundation models: make, trust, export, describe.", no_args_is_help=True)
@@ -27,27 +28,30 @@ def pretrain(
     replay: Annotated[
         int, typer.Option(help="Training structures to keep for replay, as NAME-replay.extxyz.", min=0)
     ] = 64,
+    force: Force = False,
 ) -> None:
     """Make a small foundation model from crystals that a cheap reference labels."""
     from hpcft.config.pretrain import load_recipe
 
     recipe = load_recipe(recipe_file)
+    target = output or recipe_file.with_name(f"{recipe.name}.pt")
+    replay_file = target.with_name(f"{target.stem}-replay.extxyz")
+    for path in (target, replay_file) if replay else (target,):
+        check_writable(path, force, recipe_file)
+
     import torch
 
     from hpcft.models.files import save_model
     from hpcft.storage.structures import evenly_spread, write_extxyz
     from hpcft.training.pretrain import pretrain as make
 
-    target = output or recipe_file.with_name(f"{recipe.name}.pt")
-    if not target.parent.is_dir():
-        raise UserError(f"there is no folder {target.parent} to write {target.name} to")
     # More threads than a small model can use make it slower, and another number gives other bits.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     made = make(recipe, typer.echo)
     sha256 = save_model(target, made.potential, {"recipe": recipe.name, **made.validation})
     if replay:
         chosen = [made.training_set[i] for i in evenly_spread(len(made.training_set), replay)]
-        write_extxyz(target.with_name(f"{target.stem}-replay.extxyz"), chosen)
+        write_extxyz(replay_file, chosen)
     typer.echo(
         "on crystals it has not seen: " + ", ".join(f"{k} {v:.3g}" for k, v in made.validation.items())
     )
@@ -57,8 +61,7 @@ def pretrain(
 @app.command("import")
 def import_(model_file: ModelFile) -> None:
     """Trust a pickled model file from now on, by its SHA-256. Loading it can run any code: know where it comes from."""
-    if not model_file.is_file():
-        raise UserError(f"there is no model file {model_file}")
+    check_model_file(model_file)
     from hpcft.models.files import load_model, sha256_of
     from hpcft.models.trust import distrust, is_trusted, trust, trust_file
 
@@ -76,13 +79,14 @@ def import_(model_file: ModelFile) -> None:
 
 @app.command()
 def export(
-    model_file: ModelFile, output: Annotated[Path, typer.Argument(help="The .model file to write.")]
+    model_file: ModelFile,
+    output: Annotated[Path, typer.Argument(help="The .model file to write.")],
+    force: Force = False,
 ) -> None:
     """Write an ordinary MACE file, for MACECalculator and LAMMPS."""
+    check_writable(output, force, model_file)
     from hpcft.models.files import export_mace, load_model
 
-    if not output.parent.is_dir():
-        raise UserError(f"there is no folder {output.parent} to write {output.name} to")
     export_mace(load_model(model_file), output)
     typer.echo(f"{output}: use it as MACECalculator(model_paths='{output}')")
 

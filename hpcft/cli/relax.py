@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from hpcft.cli.targets import Force, check_writable
 from hpcft.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def relax(
     table_file: Annotated[
         Path | None, typer.Option("--table", help="Write the table as CSV, with a row for each structure.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+    force: Force = False,
     optimiser: Annotated[
         Optimiser, typer.Option(help="fire is patient; lbfgs takes fewer steps.")
     ] = Optimiser.fire,
@@ -160,31 +161,20 @@ def _check_targets(target: Path, table_file: Path | None, force: bool, *inputs: 
         raise UserError(f"{target.name}: only extended XYZ is written; name it {target.stem}.extxyz")
     for path in (target, table_file):
         if path is not None:
-            _check_writable(path, force, *inputs)
+            check_writable(path, force, *inputs)
     if table_file is not None and table_file.resolve() == target.resolve():
         raise UserError(f"{target} cannot hold both the structures and the table; give two names")
-
-
-def _check_writable(path: Path, force: bool, *inputs: Path) -> None:
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"there is no folder {path.parent} to write {path.name} to")
-    if path.is_dir() or path.resolve() in [other.resolve() for other in inputs]:
-        raise UserError(f"{path} is an input or a folder; give another name for what is written")
-    if path.exists() and not force:
-        raise UserError(f"{path} is there already; give another name, or overwrite it with --force")
 
 
 def _load(model_file: Path, device: Device, precision: Precision | None) -> Potential:
     import torch
 
     from hpcft.models.files import load_model
+    from hpcft.training.distributed import choose_device
+    from hpcft.training.rank import Rank
 
-    available = torch.cuda.is_available()
-    if device is Device.cuda and not available:
-        raise UserError("torch sees no GPU here; use --device cpu, or run where there is one")
-    where = "cuda" if available and device is not Device.cpu else "cpu"
     dtype = None if precision is None else getattr(torch, precision.value)
-    return load_model(model_file, dtype=dtype, device=where)
+    return load_model(model_file, dtype=dtype, device=choose_device(Rank(), device.value))
 
 
 def _check_structures(structures: Sequence[Atoms], file: Path, potential: Potential, with_cell: bool) -> None:

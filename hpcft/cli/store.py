@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hpcft.cli.targets import Force, check_writable
 from hpcft.errors import UserError
 
 if TYPE_CHECKING:
@@ -101,13 +102,13 @@ def export(
     folder: StoreFolder,
     output: Annotated[Path, typer.Option("--output", "-o", help="The .extxyz to write.", show_default=False)],
     reference: ReferenceFile = None,
+    force: Force = False,
 ) -> None:
     """Write the labels, each once, as extended XYZ with REF_energy, REF_forces and REF_stress, which MACE reads."""
+    check_writable(output, force, *([] if reference is None else [reference]))
     from hpcft.labelling.exports import labelled_structures
     from hpcft.storage.extxyz import write_extxyz
 
-    if not output.parent.is_dir():
-        raise UserError(f"there is no folder {output.parent} to write {output.name} to")
     wanted = None if reference is None else load_reference(reference)
     structures = list(labelled_structures(_existing(folder), wanted))
     if not structures:

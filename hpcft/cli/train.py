@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from hpcft.cli.relax import Device, Precision
+from hpcft.cli.targets import check_run_folder
 from hpcft.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,8 +96,7 @@ def train(
     """
     from hpcft.cluster.ranks import rank_of_launcher
 
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file; name a folder for the training")
+    check_run_folder(output)
     rank = rank_of_launcher()
     options = {
         "replay": None if replay is None else {"file": str(replay.absolute())},

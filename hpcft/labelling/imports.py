@@ -158,10 +158,15 @@ def _refuse(gathered: _Gathered, skip_faulty: bool) -> None:
         )
     count = len(gathered.faults) + len(gathered.records) + gathered.num_repeated
     if gathered.faults and not (skip_faulty and gathered.records):
-        remedy = "import the others with --skip-faulty" if gathered.records else "none of them is one"
+        remedy = (
+            "Correct the files, or import the others with --skip-faulty."
+            if gathered.records
+            else "Correct the files. Labels of other names are found with --energy-key and --forces-key; structures without any "
+            "are labelled by hpcft label."
+        )
         raise UserError(
             f"{len(gathered.faults)} of {count} structures are no labels: {_some(gathered.faults)}. Nothing was imported. "
-            f"Correct the files, or {remedy}."
+            f"{remedy}"
         )
     if not count:
         raise UserError(

@@ -23,20 +23,20 @@ from hpcft import __version__
 from hpcft.errors import UserError
 from hpcft.md.committed import Stretch, run_segments
 from hpcft.md.replica import Replica, disturbed, thermal_velocities
+from hpcft.md.run_file import RUN_FILE, differing
 from hpcft.md.settings import Dynamics, Guards
 from hpcft.md.simulation import Observe, Simulation
 from hpcft.md.starts import check_starts
 from hpcft.models.batch_size import atoms_that_fit
 from hpcft.models.protocol import Potential
 from hpcft.storage import layout
-from hpcft.storage.atomic import write_json
+from hpcft.storage.atomic import read_json, write_json
 from hpcft.storage.hdf5 import write_file
 from hpcft.storage.trajectory import Trajectory, consolidate, delete_segments
 from hpcft.storage.tree import write_attributes, write_tree
 from hpcft.training.data import share
 from hpcft.training.rank import Rank
 
-RUN_FILE = "run.json"
 TRAJECTORY = "trajectory.h5"
 _LOOK_EVERY_S = 0.2
 
@@ -162,11 +162,10 @@ def _claim(request: MdRequest, rank: Rank) -> None:
     ours = json.loads(json.dumps(ours))
     path = request.folder / RUN_FILE
     if path.exists():
-        theirs = json.loads(path.read_text())
-        if different := [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]:
+        if different := differing(read_json(path), ours):
             raise UserError(
-                f"{request.folder} holds another run (its {', '.join(sorted(different))} differ; see {path.name}); choose "
-                "another folder, or start the run that it holds, on as many ranks"
+                f"{request.folder} holds another run ({', '.join(different)}); choose another folder, or ask for the run that "
+                "it holds. A run cannot be made longer, but its last frames can be the start of a new one (docs/md.md)"
             )
     elif (request.folder / TRAJECTORY).exists():
         raise UserError(f"{request.folder} holds a trajectory of another run; choose another folder")

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from hpcft.errors import UserError
 from hpcft.storage.atomic import write_text
 
+_MOST_NUMBERS = 9  # of an entry of info: a cell or a stress as a matrix, but no descriptor
+
 # By kind of dtype: the letter of the format, and how to write one value.
 _TYPES = {
     "f": ("R", "{:.17g}"),
@@ -28,12 +30,39 @@ _TYPES = {
 
 
 def write_extxyz(path: Path, atoms_list: Sequence[Atoms]) -> None:
-    """Write structures for people and other programs, floats exact; results of a calculator are left out.
+    """Write structures for people and other programs, floats exact; results of a calculator are left out (`with_results`).
 
     ASE's reader moves `energy`, `forces` and `stress` into a calculator, so labels must be named REF_energy,
     REF_forces and REF_stress.
     """
     write_text(path, "".join(extxyz_frame(atoms, f"frame {index}") for index, atoms in enumerate(atoms_list)))
+
+
+def with_results(atoms: Atoms, **about: Any) -> Atoms:
+    """A copy that `write_extxyz` writes so that ASE reads energy and forces back as a calculator's results.
+
+    `about` stands first in its info, for people.
+    """
+    plain = atoms.copy()
+    plain.info = {**about, **atoms.info}
+    if atoms.calc is not None:
+        if "energy" in atoms.calc.results:
+            plain.info["energy"] = atoms.calc.results["energy"]
+        if "forces" in atoms.calc.results:
+            plain.arrays["forces"] = atoms.calc.results["forces"]
+    return plain
+
+
+def without_long_info(atoms_list: Sequence[Atoms]) -> tuple[list[Atoms], dict[str, int]]:
+    """Without what would fill comment lines: entries of info of many numbers, which come back by name with how many."""
+    left_out: dict[str, int] = {}
+    shorter = []
+    for atoms in atoms_list:
+        long = {name: np.size(value) for name, value in atoms.info.items() if np.size(value) > _MOST_NUMBERS}
+        left_out |= long
+        shorter.append(atoms.copy() if long else atoms)
+        shorter[-1].info = {name: value for name, value in atoms.info.items() if name not in long}
+    return shorter, left_out
 
 
 def fixed_mask(atoms: Atoms, which: str) -> NDArray[np.bool_]:

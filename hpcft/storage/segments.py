@@ -23,6 +23,11 @@ from hpcft.storage.tree import Array, blank
 _SEGMENT_NAME = re.compile(r"segment-(\d{4,})\.h5")
 
 
+def segment_folders(run: Path) -> list[Path]:
+    """In the folder of a run, those that hold the segments of its ranks."""
+    return sorted(path for path in run.glob("segments-*") if path.is_dir())
+
+
 def segment_path(folder: Path, number: int) -> Path:
     """Where segment `number` (from 0) belongs."""
     return folder / f"segment-{number:04d}.h5"

@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from hpcft.errors import MissingInput
 from hpcft.storage.atomic import write_json
 from hpcft.training.rank import Rank
 
 
 def choose_device(rank: Rank, wish: str = "auto") -> torch.device:
-    """The GPU of this rank, or the CPU; `wish` is auto, cpu or cuda.
+    """The GPU of this rank, or the CPU; `wish` is auto, cpu or cuda. UserError for a GPU that is not there.
 
     Where the launcher shows each rank its own GPU only, that one is number 0. It becomes this thread's current GPU: else pinned
     memory, NCCL and other people's kernels would take number 0, and every rank a part of its memory.
@@ -28,7 +29,11 @@ def choose_device(rank: Rank, wish: str = "auto") -> torch.device:
     if wish == "cpu" or (wish == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise RuntimeError("device: cuda was asked for, but torch sees no GPU on " + socket.gethostname())
+        # Not for good: a task of a campaign is tried again, and may come to a node whose GPU works.
+        raise MissingInput(
+            f"the device cuda was asked for, but torch sees no GPU here ({socket.gethostname()}); use the device cpu, or "
+            "run where there is one"
+        )
     device = torch.device("cuda", rank.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

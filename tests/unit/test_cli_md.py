@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.constraints import FixAtoms
@@ -105,7 +106,9 @@ def test_velocities_and_forces_are_kept_as_often_as_was_asked_and_the_run_is_the
     code, _, error = in_this_process(
         folder, monkeypatch, capsys, *BASIC, "--forces-every", "20", "-o", "some"
     )
-    assert code == 2 and "holds another run (its every differ" in error
+    assert (
+        code == 2 and "holds another run (forces-every: 10 -> 20, velocities-every: 20 -> not there)" in error
+    )
 
 
 def test_a_cell_under_pressure_shrinks_and_its_volume_is_told(
@@ -248,12 +251,16 @@ def test_bad_input_is_refused_before_anything_runs(
         ([left], ("--ensemble", "npt"), "left-handed cell"),
         ([cluster], ("--ensemble", "npt"), "not periodic in all directions"),
         ([crystal], ("--temperature", "hot"), "--temperature is hot"),
-        ([crystal], ("--temperature", "-3"), "--temperature is -3"),
+        ([crystal], ("--temperature", "-3"), "--temperature is -3; it must not be below 0"),
         ([crystal], ("--timestep", "0"), "--timestep is 0"),
         ([crystal], ("--max-spread", "0.1"), "--committee"),
         ([crystal], ("--max-q-residual", "2"), "--q-reference"),
         ([crystal], ("--forces-every", "7"), "--forces-every is 7, and a frame is stored every 5 steps"),
         ([crystal], ("--model", "in.extxyz"), "in.extxyz is no model file"),
+        ([crystal], ("--model", "gone.pt"), "there is no model file gone.pt"),
+        ([crystal], ("--committee", "gone.pt"), "there is no model file gone.pt"),
+        ([crystal], ("--q-reference", "gone.extxyz"), "gone.extxyz does not exist or is no file"),
+        ([crystal], ("-o", "morse.pt"), "morse.pt is a file; name a folder"),
     ]
     for structures, options, message in cases:
         write(folder / "in.extxyz", structures)
@@ -269,12 +276,43 @@ def test_a_folder_of_another_run_is_refused_and_kept(
 ) -> None:
     assert in_this_process(folder, monkeypatch, capsys, *BASIC, "-o", "out")[0] == 0
     before = {path.name: path.read_bytes() for path in (folder / "out").glob("*.*")}
-    for other in (("--seed", "1"), ("--steps", "50"), ("--model", "other.pt")):
+    for other, different in (
+        (("--seed", "1"), "(seed: 0 -> 1)"),
+        (("--steps", "50"), "(steps: 40 -> 50)"),
+        (("--model", "other.pt"), "(models: the file's content has changed"),
+        (("--temperature", "400"), "(max-temperature: 1500 -> 2000, temperature: 300 -> 400)"),
+        (("--temperature", "300:200"), '(temperature: 300 -> "300:200")'),
+        (("--friction-per-ps", "0.5"), "(friction-per-ps: 10 -> 0.5)"),
+        (("--max-spread", "1", "--committee", "other.pt"), "max-spread: not there -> 1, models: "),
+    ):
         code, _, error = in_this_process(folder, monkeypatch, capsys, *BASIC, *other, "-o", "out")
         assert code == 2
-        assert "holds another run" in error
+        assert "out holds another run" in error and different in error, error
+        assert "cannot be made longer" in error
     assert {path.name: path.read_bytes() for path in (folder / "out").glob("*.*")} == before
     assert json.loads(before["run.json"])["stretch"]["steps"] == 40
+    (folder / "training").mkdir()
+    (folder / "training" / "run.json").write_text('{"model": "sha256:0"}')
+    code, _, error = in_this_process(folder, monkeypatch, capsys, *BASIC, "-o", "training")
+    assert code == 2 and "training holds another run (of another kind)" in error
+
+
+def test_a_folder_of_a_campaign_is_no_folder_for_a_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "runs").mkdir()
+    (folder / "runs" / "campaign.json").write_text("{}")
+    code, _, error = in_this_process(folder, monkeypatch, capsys, *BASIC, "-o", "runs")
+    assert code == 2 and "runs belongs to a campaign; choose another folder" in error
+    assert [path.name for path in (folder / "runs").iterdir()] == ["campaign.json"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told_without_a_traceback(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = in_this_process(folder, monkeypatch, capsys, *BASIC, "-o", "out", "--device", "cuda")
+    assert code == 2 and "torch sees no GPU here" in error
 
 
 def test_hydrogen_with_a_long_time_step_is_warned_of(

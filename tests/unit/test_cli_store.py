@@ -57,12 +57,21 @@ def test_labels_are_imported_counted_and_exported_for_mace(mine: Path) -> None:
     assert "2 labels and 0 relaxations in 1 shards" in run("info", store)
 
     run("export", store, "-o", mine / "out.extxyz", "--reference", reference)
+    with pytest.raises(UserError, match=r"out\.extxyz is there already"):
+        run("export", store, "-o", mine / "out.extxyz", "--reference", reference)
+    run("export", store, "-o", mine / "out.extxyz", "--reference", reference, "--force")
     exported = ase.io.read(mine / "out.extxyz", ":")
     assert sorted(atoms.info["REF_energy"] for atoms in exported) == [-2.0, 0.0]
     assert all(atoms.arrays["REF_forces"].shape == (4, 3) for atoms in exported)
     assert all(len(atoms.info["key"]) == 64 for atoms in exported)
     again = run("import", mine / "other", mine / "out.extxyz", "--reference", reference)
     assert "2 labels imported" in again
+
+
+def test_structures_without_labels_are_told_where_labels_come_from(mine: Path) -> None:
+    write_extxyz(mine / "plain.extxyz", [bulk("Cu", cubic=True)] * 2)
+    with pytest.raises(UserError, match=r"2 of 2 structures are no labels.*--energy-key.*hpcft label\."):
+        run("import", mine / "labels", mine / "plain.extxyz", "--reference", mine / "emt.yaml")
 
 
 def test_a_store_that_does_not_exist_and_a_reference_without_labels_are_told(mine: Path) -> None:

@@ -193,6 +193,8 @@ def test_bad_input_is_refused_before_anything_is_trained(
     absurd[2].arrays["REF_forces"][1, 1] = np.nan
     write(folder / "absurd.extxyz", absurd)
     (folder / "wrong.yaml").write_text("epoch: 3\n")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "campaign.json").write_text("{}")
     rest = ("--valid", "valid.extxyz", "-o", "out")
     cases = [
         (("--data", "xenon.extxyz", *rest), "Xe, which the model does not know"),
@@ -202,6 +204,7 @@ def test_bad_input_is_refused_before_anything_is_trained(
         (("--data", "a.extxyz", *rest, "--config", "wrong.yaml"), "epoch"),
         (("--data", "a.extxyz", *rest, "--learning-rate", "-1"), "learning_rate"),
         (("--data", "a.extxyz", "--valid", "valid.extxyz", "-o", "a.extxyz"), "is a file"),
+        (("--data", "a.extxyz", "--valid", "valid.extxyz", "-o", "runs"), "runs belongs to a campaign"),
     ]
     if importlib.util.find_spec("tensorboard") is None:
         cases.append((("--data", "a.extxyz", *rest, "--tensorboard"), "tensorboard is not installed"))

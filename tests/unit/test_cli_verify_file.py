@@ -307,6 +307,31 @@ def test_the_committed_segments_of_a_killed_run_become_a_trajectory(
         np.testing.assert_equal(trajectory.checkpoint(), CHECKPOINT)
 
 
+def test_the_folder_of_a_killed_md_run_is_checked_and_repaired_by_the_name_that_o_gave_it(
+    hpcft: Hpcft, run: Path, sound: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "md"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    run.rename(folder / "segments-0000")
+    said = hpcft("verify", folder)
+    assert said.code == 0
+    assert said.out.startswith(f"{folder / 'segments-0000'}: all is well (5 segments committed, ")
+    assert "the folder of the run" in hpcft("verify", folder, "--repair", folder / "trajectory.h5").err
+    assert hpcft("verify", folder, "--repair", tmp_path / "whole.h5").code == 0
+    assert_frames_are_those_of(tmp_path / "whole.h5", sound)
+    change(segment_path(folder / "segments-0000", 2), 9000)
+    assert hpcft("verify", folder).code == 1
+    (folder / "segments-0001").mkdir()
+    said = hpcft("verify", folder, "--repair", tmp_path / "other.h5")
+    assert said.code == 2
+    assert f"name one of {folder / 'segments-0000'}, {folder / 'segments-0001'}" in said.err
+    delete_segments(folder / "segments-0000")
+    said = hpcft("verify", folder)
+    assert said.code == 2
+    assert "has committed nothing yet" in said.err
+
+
 def test_damage_among_the_segments_leaves_those_before_it(
     hpcft: Hpcft, run: Path, sound: Path, tmp_path: Path
 ) -> None:
