@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -139,29 +139,43 @@ def test_a_reader_that_goes_away_leaves_no_traceback(measured: CampaignFolder) -
         assert process.stderr.read() == ""
 
 
-@pytest.fixture(scope="module")
-def interrupted(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[CampaignFolder, subprocess.CompletedProcess[str]]]:
-    """A campaign that was started with a lax umask and stopped with Ctrl-C while its first tasks ran."""
-    base = tmp_path_factory.mktemp("interrupted")
+def interrupt(base: Path, end: Callable[[int], None]) -> subprocess.CompletedProcess[str]:
+    """A campaign that was started with a lax umask in `base`/tiny, and ended by `end(pid)` while its first tasks ran."""
     file = write_campaign(base / "inputs")
-    folder = CampaignFolder(base / "tiny")
+    stage = CampaignFolder(base / "tiny").stage(0, "probe")
     argv, pipe = [HPCFT, "run", str(file), "--dir", "tiny"], subprocess.PIPE
     with subprocess.Popen(
         argv, cwd=base, stdout=pipe, stderr=pipe, text=True, umask=0, start_new_session=True
     ) as process:
-        stage = folder.stage(0, "probe")
         while process.poll() is None and not (stage.submitted(1).exists() and stage.task(0).lock.exists()):
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        end(process.pid)
         output, complaint = process.communicate()
-    yield folder, subprocess.CompletedProcess(argv, process.returncode, output, complaint)
+    return subprocess.CompletedProcess(argv, process.returncode, output, complaint)
+
+
+def end_processes_of(folder: CampaignFolder) -> None:
     for pid in processes_of(folder.root):
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.fixture(scope="module")
+def interrupted(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[CampaignFolder, subprocess.CompletedProcess[str]]]:
+    """A campaign that was stopped with Ctrl-C while its first tasks ran."""
+    base = tmp_path_factory.mktemp("interrupted")
+    done = interrupt(base, lambda pid: os.killpg(pid, signal.SIGINT))  # as a terminal does
+    yield CampaignFolder(base / "tiny"), done
+    end_processes_of(CampaignFolder(base / "tiny"))
+
+
 Interrupted = tuple[CampaignFolder, subprocess.CompletedProcess[str]]
+
+
+def living(folder: CampaignFolder) -> list[int]:
+    pids = processes_of(folder.root)
+    return [pid for pid in pids if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 
 
 def test_ctrl_c_ends_the_tasks_of_this_machine_and_says_how_to_go_on(interrupted: Interrupted) -> None:
@@ -169,12 +183,25 @@ def test_ctrl_c_ends_the_tasks_of_this_machine_and_says_how_to_go_on(interrupted
     assert done.returncode == 130
     assert done.stderr.strip() == "Interrupted; everything finished is kept. Go on with: hpcft resume tiny"
     assert done.stdout.startswith("campaign tiny in ")
-    running = [
-        pid for pid in processes_of(folder.root) if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    ]
-    assert running == []
+    assert living(folder) == []
     results = [folder.stage(0, "probe").task(task).result for task in (0, 1)]
     assert not any(result.exists() for result in results), "the tasks have come to their end instead"
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path: Path) -> None:
+    folder = CampaignFolder(tmp_path / "tiny")
+    try:
+        done = interrupt(tmp_path, lambda pid: os.kill(pid, signal.SIGTERM))
+        assert done.returncode == 143
+        assert (
+            done.stderr.strip() == "Interrupted; everything finished is kept. Go on with: hpcft resume tiny"
+        )
+        assert living(folder) == []
+        stage = read_records(folder).current
+        assert stage is not None
+        assert stage.resumed_after == stage.attempts[-1].number
+    finally:
+        end_processes_of(folder)
 
 
 def test_what_ctrl_c_has_ended_is_no_failed_attempt(interrupted: Interrupted) -> None:
