@@ -208,7 +208,7 @@ def structure_problems(settings: Settings) -> list[Problem]:
     try:
         if isinstance(settings, LabelRun):
             read_suitable(settings)
-        else:
+        elif isinstance(settings, Campaign):
             check_reference_knows(settings, read_checked(settings))
     except UserError as refusal:
         key = str(settings.structures) if isinstance(settings, LabelRun) else "structures"
