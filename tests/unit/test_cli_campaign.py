@@ -17,7 +17,10 @@ import psutil
 import pytest
 from ase.build import bulk
 
+from hpcft.campaign.decide import Collect, Observation
+from hpcft.campaign.manager import Turn
 from hpcft.campaign.records import read_records
+from hpcft.cli.progress import Progress
 from hpcft.storage.atomic import write_json
 from hpcft.storage.campaign_folder import CampaignFolder, stages_of
 from hpcft.storage.structures import write_structures
@@ -108,6 +111,24 @@ def test_status_loads_nothing_heavy(options: list[str], measured: CampaignFolder
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stderr == "\n"
+
+
+def test_a_round_that_is_evaluated_is_shown_alone_and_by_its_name(
+    measured: CampaignFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(round_: int) -> str:
+        turn = Turn(read_records(measured), Observation(), (Collect(round_, "evaluate"),))
+        Progress(measured).show(turn)
+        return capsys.readouterr().out
+
+    assert "foundation: energy bias -12.5 [-20.0, -5.0] meV/atom" in shown(0)
+    assert "foundation" not in shown(1)
+
+
+def test_a_rewind_to_a_round_that_does_not_exist_is_refused_before_it_asks(measured: CampaignFolder) -> None:
+    done = hpcft("rewind", measured.root, "--round", 7, "--stage", "train", stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "hpcft: round 7 has no stage train; the last round is 1\n"
 
 
 def test_report_writes_the_figure_of_the_rounds_so_far(measured: CampaignFolder) -> None:
