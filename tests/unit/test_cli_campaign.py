@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -137,6 +138,24 @@ def test_report_writes_the_figure_of_the_rounds_so_far(measured: CampaignFolder)
     assert "foundation" in done.stdout
     assert done.stdout.splitlines()[-1] == "figure: small/report/bias.png"
     assert (measured.report / "bias.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_status_of_a_finished_campaign_names_its_model_and_figure(
+    measured: CampaignFolder, tmp_path: Path
+) -> None:
+    folder = CampaignFolder(tmp_path / "small")
+    shutil.copytree(measured.root, folder.root)
+    assert "model:" not in hpcft("status", "small", cwd=tmp_path).stdout
+    for name in stages_of(1):
+        folder.stage(1, name).path.mkdir(parents=True)
+        write_json(folder.stage(1, name).plan, {"tasks": [{}]})
+        write_json(folder.stage(1, name).product, {**PRODUCTS.get(name, {}), "tasks": 1})
+    hpcft("report", "small", cwd=tmp_path)
+    said = hpcft("status", "small", cwd=tmp_path).stdout.splitlines()
+    assert said[-2:] == [
+        "figure: small/report/bias.png",
+        "model:  small/round-001/train/tasks/0000/model.pt",
+    ]
 
 
 def test_inspect_as_json_is_one_strict_object(tmp_path: Path) -> None:
