@@ -32,9 +32,9 @@ def open_or_create(
 
 
 def _contents(campaign: Campaign, source: Path) -> Contents:
-    structures = read_checked(campaign)
+    structures = read_inputs(campaign)
     _check_model_knows(campaign, structures)
-    check_reference_knows(campaign, structures)
+    check_inputs(campaign, structures)
     foundation = f"foundation{campaign.foundation.suffix}"
     return Contents(
         files={f"inputs/{foundation}": campaign.foundation, CAMPAIGN_COPY: source},
@@ -45,23 +45,26 @@ def _contents(campaign: Campaign, source: Path) -> Contents:
     )
 
 
-def read_checked(campaign: Campaign) -> dict[str, Sequence[Atoms]]:
-    """The structures of a campaign, by the name of their copy; UserError for one with which it could not go on.
+def read_inputs(campaign: Campaign) -> dict[str, Sequence[Atoms]]:
+    """The structures of a campaign, by the name of their copy."""
+    return {name: read_any(path) for name, path in campaign.structure_files().items()}
+
+
+def check_inputs(campaign: Campaign, structures: Mapping[str, Sequence[Atoms]]) -> None:
+    """UserError for the first structure with which a campaign could not go on.
 
     Whether the model knows the elements is left out: that takes torch, and `hpcft check` is to be quick.
     """
-    found: dict[str, Sequence[Atoms]] = {
-        name: read_any(path) for name, path in campaign.structure_files().items()
-    }
     names = _names_for_the_user(campaign)
-    for name, group in found.items():
+    for name, group in structures.items():
         if name == "replay":
             _check_replay(names[name], group)
         if name.startswith("relaxations") and campaign.relaxations.cell:
             _check_cells_can_relax(names[name], group)
         _check_plain(names[name], group)
-    _check_starts(campaign, names["structures"], found["structures"])
-    return found
+    _check_starts(campaign, names["structures"], structures["structures"])
+    labelled = {names[name]: group for name, group in structures.items() if name != "replay"}
+    check_reference(campaign.reference, labelled)
 
 
 def _names_for_the_user(campaign: Campaign) -> dict[str, str]:
@@ -104,14 +107,6 @@ def _check_model_knows(campaign: Campaign, structures: dict[str, Sequence[Atoms]
                 f"{names[name]} contains {', '.join(unlearnt)}, which the foundation model {campaign.foundation.name} does "
                 f"not know (it knows {', '.join(chemical_symbols[n] for n in sorted(known_to_model))})"
             )
-
-
-def check_reference_knows(campaign: Campaign, structures: Mapping[str, Sequence[Atoms]]) -> None:
-    """`check_reference` for all that a campaign has labelled."""
-    names = _names_for_the_user(campaign)
-    check_reference(
-        campaign.reference, {names[name]: group for name, group in structures.items() if name != "replay"}
-    )
 
 
 def check_reference(wish: Reference, structures: Mapping[str, Sequence[Atoms]]) -> None:
