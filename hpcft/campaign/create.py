@@ -15,6 +15,7 @@ from hpcft.config.reference import Reference
 from hpcft.errors import UserError
 from hpcft.labelling.reference import check_arguments, reference_from, unknown_elements, unsuitable
 from hpcft.labelling.requirements import missing_data_sets
+from hpcft.models.geometry import geometry_problems
 from hpcft.storage.campaign_folder import CampaignFolder
 from hpcft.storage.structures import read_any
 
@@ -31,11 +32,9 @@ def open_or_create(
 
 
 def _contents(campaign: Campaign, source: Path) -> Contents:
-    structures = _read_inputs(campaign)
-    _check_replay(structures.get("replay", ()))
-    _check_elements(campaign, structures)
-    _check_plain(structures)
-    _check_cells(campaign, structures["structures"])
+    structures = read_inputs(campaign)
+    _check_model_knows(campaign, structures)
+    check_inputs(campaign, structures)
     foundation = f"foundation{campaign.foundation.suffix}"
     return Contents(
         files={f"inputs/{foundation}": campaign.foundation, CAMPAIGN_COPY: source},
@@ -46,45 +45,68 @@ def _contents(campaign: Campaign, source: Path) -> Contents:
     )
 
 
-def _read_inputs(campaign: Campaign) -> dict[str, Sequence[Atoms]]:
-    found: dict[str, Sequence[Atoms]] = {
-        name: read_any(path) for name, path in campaign.structure_files().items()
+def read_inputs(campaign: Campaign) -> dict[str, Sequence[Atoms]]:
+    """The structures of a campaign, by the name of their copy."""
+    return {name: read_any(path) for name, path in campaign.structure_files().items()}
+
+
+def check_inputs(campaign: Campaign, structures: Mapping[str, Sequence[Atoms]]) -> None:
+    """UserError for the first structure with which a campaign could not go on.
+
+    Whether the model knows the elements is left out: that takes torch, and `hpcft check` is to be quick.
+    """
+    names = _names_for_the_user(campaign)
+    for name, group in structures.items():
+        if name == "replay":
+            _check_replay(names[name], group)
+        if name.startswith("relaxations") and campaign.relaxations.cell:
+            _check_cells_can_relax(names[name], group)
+        _check_plain(names[name], group)
+    _check_starts(campaign, names["structures"], structures["structures"])
+    labelled = {names[name]: group for name, group in structures.items() if name != "replay"}
+    check_reference(campaign.reference, labelled)
+
+
+def _names_for_the_user(campaign: Campaign) -> dict[str, str]:
+    """File and key of each group of structures, as messages call it."""
+    keys = {"replay": "train.replay.file"}
+    return {
+        name: f"{path.name} ({keys.get(name, name.replace('-', '.'))})"
+        for name, path in campaign.structure_files().items()
     }
-    if campaign.relaxations.cell:
-        for name in {"relaxations-train", "relaxations-test"} & found.keys():
-            for index, atoms in enumerate(found[name]):
-                if not (atoms.pbc.all() and atoms.cell.rank == 3):
-                    raise UserError(
-                        f"structure {index} of {name} ({atoms.get_chemical_formula()}) is not periodic in all directions, and "
-                        "relaxations.cell lets cells relax; leave it out, or relax all at fixed cell"
-                    )
-    return found
 
 
-def _check_replay(structures: Sequence[Atoms]) -> None:
+def _check_cells_can_relax(name: str, structures: Sequence[Atoms]) -> None:
+    for index, atoms in enumerate(structures):
+        if not (atoms.pbc.all() and atoms.cell.rank == 3):
+            raise UserError(
+                f"structure {index} of {name}, {atoms.get_chemical_formula()}, is not periodic in all directions, and "
+                "relaxations.cell lets cells relax; leave it out, or relax all at fixed cell"
+            )
+
+
+def _check_replay(name: str, structures: Sequence[Atoms]) -> None:
     for index, atoms in enumerate(structures):
         if "REF_energy" not in atoms.info or "REF_forces" not in atoms.arrays:
             raise UserError(
-                f"structure {index} of train.replay.file has no REF_energy or no REF_forces, so it cannot be replayed; "
+                f"structure {index} of {name} has no REF_energy or no REF_forces, so it cannot be replayed; "
                 "write its labels under these keys"
             )
 
 
-def _check_elements(campaign: Campaign, structures: dict[str, Sequence[Atoms]]) -> None:
+def _check_model_knows(campaign: Campaign, structures: dict[str, Sequence[Atoms]]) -> None:
     from hpcft.models.files import elements_of_file  # torch, and only where a campaign begins
 
     known_to_model = elements_of_file(campaign.foundation)
+    names = _names_for_the_user(campaign)
     for name, group in structures.items():
         numbers = sorted({int(number) for atoms in group for number in atoms.numbers})
         unlearnt = [chemical_symbols[n] for n in numbers if n not in known_to_model]
         if unlearnt:
             raise UserError(
-                f"{name} contains {', '.join(unlearnt)}, which the foundation model {campaign.foundation.name} does not know "
-                f"(it knows {', '.join(chemical_symbols[n] for n in sorted(known_to_model))})"
+                f"{names[name]} contains {', '.join(unlearnt)}, which the foundation model {campaign.foundation.name} does "
+                f"not know (it knows {', '.join(chemical_symbols[n] for n in sorted(known_to_model))})"
             )
-    check_reference(
-        campaign.reference, {name: group for name, group in structures.items() if name != "replay"}
-    )
 
 
 def check_reference(wish: Reference, structures: Mapping[str, Sequence[Atoms]]) -> None:
@@ -107,37 +129,42 @@ def check_reference(wish: Reference, structures: Mapping[str, Sequence[Atoms]]) 
             raise UserError("\n".join(certain))
 
 
-def _check_plain(structures: dict[str, Sequence[Atoms]]) -> None:
+def _check_plain(name: str, structures: Sequence[Atoms]) -> None:
     """What MD, selection and labels would silently drop is refused."""
-    for name, group in structures.items():
-        for index, atoms in enumerate(group):
-            carried = [
-                what
-                for what, is_there in (
-                    ("constraints", bool(atoms.constraints)),
-                    ("initial magnetic moments", np.any(atoms.get_initial_magnetic_moments())),
-                    ("initial charges", np.any(atoms.get_initial_charges())),
-                    ("masses of its own", atoms.has("masses")),
-                )
-                if is_there
-            ]
-            if carried:
-                raise UserError(
-                    f"structure {index} of {name} carries {', '.join(carried)}, which a campaign does not keep yet; its "
-                    "results would be those of another system. Remove them if that is what you mean."
-                )
-
-
-def _check_cells(campaign: Campaign, structures: Sequence[Atoms]) -> None:
-    """A barostat needs cells that can breathe."""
-    if not campaign.explore.ensemble.startswith("npt"):
-        return
     for index, atoms in enumerate(structures):
-        if not (atoms.pbc.all() and np.linalg.det(atoms.cell.array) > 0):
+        carried = {
+            "constraints": ("set_constraint()", bool(atoms.constraints)),
+            "initial magnetic moments": (
+                "set_initial_magnetic_moments(None)",
+                np.any(atoms.get_initial_magnetic_moments()),
+            ),
+            "initial charges": ("set_initial_charges(None)", np.any(atoms.get_initial_charges())),
+            "masses of its own": ("arrays.pop('masses')", atoms.has("masses")),
+        }
+        found = {what: remedy for what, (remedy, is_there) in carried.items() if is_there}
+        if found:
             raise UserError(
-                f"structure {index} of structures ({atoms.get_chemical_formula()}) is not periodic in all directions with a "
-                f"right-handed cell, which explore.ensemble: {campaign.explore.ensemble} needs; leave it out, or choose nvt"
+                f"structure {index} of {name} carries {', '.join(found)}, which a campaign does not keep yet; its results "
+                "would be those of another system. If that is what you mean, remove them before you write the file: "
+                + ", ".join(f"atoms.{remedy}" for remedy in found.values())
             )
+
+
+def _check_starts(campaign: Campaign, name: str, structures: Sequence[Atoms]) -> None:
+    """What would stop a replica at its first step."""
+    explore = campaign.explore
+    cell_moves = explore.ensemble.startswith("npt")
+    found = [
+        f"structure {index} ({atoms.get_chemical_formula()}): {problem}"
+        for index, atoms in enumerate(structures)
+        for problem in geometry_problems(atoms, cell_moves=cell_moves, min_distance=explore.min_distance)
+    ]
+    if found:
+        more = f" (and {len(found) - 10} more)" if len(found) > 10 else ""
+        raise UserError(
+            f"{name}: {'; '.join(found[:10])}{more}. Mend these structures or leave them out, or change "
+            f"explore.ensemble ({explore.ensemble}) or explore.min_distance ({explore.min_distance:g} Å)"
+        )
 
 
 def _plain(atoms: Atoms, with_labels: bool) -> Atoms:

@@ -14,6 +14,7 @@ from pathlib import Path
 from hpcft.campaign.controllers import STOPPED, newest_controller, record_path, tidy_controllers, write_over
 from hpcft.campaign.lease import lease
 from hpcft.campaign.manager import Manager, Turn
+from hpcft.campaign.report import write_report
 from hpcft.cluster import slurm
 from hpcft.cluster.executors import JobSpec, submit
 from hpcft.config.common import Resources
@@ -142,9 +143,21 @@ def run_controller(root: str, number: int) -> str:
     except (CampaignStopped, UserError) as stopped:
         write_over(folder, number, f"{STOPPED}: {stopped}")
         raise
+    if next_job is None:
+        _leave_report(folder)
     why = "the campaign is finished" if next_job is None else f"controller job {next_job} follows"
     write_over(folder, number, why)
     return why
+
+
+def _leave_report(folder: CampaignFolder) -> None:
+    """The figure that `run` writes at its end. Without it the campaign is finished all the same: `hpcft report` makes it."""
+    if folder.kind != "campaign":
+        return
+    try:
+        write_report(folder)
+    except Exception as error:
+        print(f"no figure was written: {error}", flush=True)
 
 
 def _take_turn(folder: CampaignFolder, site: Site, number: int, until: float) -> str | None:

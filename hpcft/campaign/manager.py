@@ -90,7 +90,9 @@ class Manager:
         self._clock, self._sleep = clock, sleep
         self.leaves_controller = False
         """One place in the queue is a controller's, which has yet to be submitted."""
-        write_json(folder.site, site.model_dump(mode="json"))
+        if not folder.site.exists() or read_records(folder).current is not None:
+            # A finished campaign stays where it ran: a call that does nothing must not decide where a later one goes on.
+            write_json(folder.site, site.model_dump(mode="json"))
 
     def run(self, on_turn: Callable[[Turn], None] = lambda turn: None) -> None:
         """Until the campaign is finished; raises CampaignStopped when it cannot go on by itself.

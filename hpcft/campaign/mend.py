@@ -182,11 +182,8 @@ def rewind(folder: CampaignFolder, round_: int, stage: str, scheduler: Scheduler
     first. Killed half-way, it has moved the later stages only: say it again. Raises UserError for a stage that has not
     begun, SchedulerUnavailable while Slurm does not confirm that nothing of the campaign runs any more.
     """
+    refuse_unknown_place(folder, round_, stage)
     order = folder.places()
-    if (round_, stage) not in order:
-        there = ", ".join(name for number, name in order if number == round_)
-        known = f"it has {there}" if there else f"the last round is {order[-1][0]}"
-        raise UserError(f"round {round_} has no stage {stage}; {known}")
     later = order[order.index((round_, stage)) :]
     begun = [where for where in later if folder.stage(*where).path.exists()]
     _complete_what_was_killed(folder)
@@ -208,6 +205,15 @@ def rewind(folder: CampaignFolder, round_: int, stage: str, scheduler: Scheduler
     folder.stopped.unlink(missing_ok=True)
     shutil.rmtree(folder.report, ignore_errors=True)  # of rounds that are no more; made anew at the end
     return moved
+
+
+def refuse_unknown_place(folder: CampaignFolder, round_: int, stage: str) -> None:
+    """UserError for a stage that the campaign does not have in this round."""
+    order = folder.places()
+    if (round_, stage) not in order:
+        there = ", ".join(name for number, name in order if number == round_)
+        known = f"it has {there}" if there else f"the last round is {order[-1][0]}"
+        raise UserError(f"round {round_} has no stage {stage}; {known}")
 
 
 def _complete_what_was_killed(folder: CampaignFolder) -> None:

@@ -82,9 +82,19 @@ def _watched(folder: CampaignFolder, controller: Mapping[str, Any], ask: slurm.R
 def _queue(
     folder: CampaignFolder, identity: Mapping[str, Any], stage: StageRecord, ask: slurm.Run
 ) -> dict[str, Any] | None:
-    """Jobs of the stage that run or wait, by Slurm's own word or by the last one that was noted; None without Slurm."""
-    if not folder.site.exists() or read_json(folder.site).get("executor") != "slurm":
+    """Jobs of the stage that run or wait, by Slurm's own word or by the last one that was noted; None before the first.
+
+    On the local executor: what runs on this machine.
+    """
+    if not folder.site.exists():
         return None
+    if read_json(folder.site).get("executor") != "slurm":
+        return {
+            "answers": True,
+            "at": time.time(),
+            "running": _num_running_here(folder, stage),
+            "pending": {},
+        }
     try:
         jobs = slurm.queue(f"hpcft-{identity['id']}-r{stage.round}-{stage.name}-", ask)
     except SchedulerUnavailable:
@@ -101,6 +111,15 @@ def _queue(
         "running": sum(job.is_running for job in jobs),
         "pending": dict(pending),
     }
+
+
+def _num_running_here(folder: CampaignFolder, stage: StageRecord) -> int:
+    from hpcft.cluster.local import job_is_alive
+
+    where = folder.stage(stage.round, stage.name)
+    latest = {task: stage.latest_attempt(task) for task in stage.missing}
+    jobs = [(a.job_ids[task], where.logs(a.number)) for task, a in latest.items() if a and a.job_ids]
+    return sum(job_is_alive(job_id, logs) for job_id, logs in jobs)
 
 
 def _summary(

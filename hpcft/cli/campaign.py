@@ -141,15 +141,19 @@ def _finish(folder: CampaignFolder) -> None:
     if folder.kind == "label":
         show_labels(folder)
         return
-    figure = _write_report(folder)
+    from hpcft.campaign.report import write_report
+
+    write_report(folder)
     _print_table(folder)
-    last = int(folder.read_identity()["rounds"])
-    typer.echo(f"figure: {short(figure)}")
-    typer.echo(f"model:  {short(folder.stage(last, 'train').task(0).path / 'model.pt')}")
+    _name_what_it_leaves(folder)
 
 
-def _confidence(folder: CampaignFolder) -> float:
-    return float(folder.read_identity()["config"]["evaluate"]["confidence"])
+def _name_what_it_leaves(folder: CampaignFolder) -> None:
+    from hpcft.campaign.report import figure_of, last_model
+
+    if figure_of(folder).exists():
+        typer.echo(f"figure: {short(figure_of(folder))}")
+    typer.echo(f"model:  {short(last_model(folder))}")
 
 
 def _print_table(folder: CampaignFolder) -> None:
@@ -158,6 +162,7 @@ def _print_table(folder: CampaignFolder) -> None:
         return
     from rich.console import Console
 
+    from hpcft.campaign.report import confidence_of
     from hpcft.report.results import read_results
     from hpcft.report.table import label_notes, relaxation_notes, relaxations_table, results_table
 
@@ -166,31 +171,23 @@ def _print_table(folder: CampaignFolder) -> None:
         console = Console()
         # A pipe has no width of its own; a table that is cut is worth nothing.
         console.width = console.width if console.is_terminal else 140
-        console.print(results_table(results, _confidence(folder), str(folder.read_identity()["name"])))
-        if (relaxations := relaxations_table(results, _confidence(folder))) is not None:
+        console.print(results_table(results, confidence_of(folder), str(folder.read_identity()["name"])))
+        if (relaxations := relaxations_table(results, confidence_of(folder))) is not None:
             console.print(relaxations)
         for note in (*label_notes(results, folder.root), *relaxation_notes(results)):
             console.print(note, soft_wrap=True, markup=False, highlight=False)
 
 
-def _write_report(folder: CampaignFolder) -> Path:
-    from hpcft.report.figure import write_figure
-    from hpcft.report.results import read_results
-
-    folder.report.mkdir(exist_ok=True)
-    figure = folder.report / "bias.png"
-    write_figure(read_results(folder), figure, str(folder.read_identity()["name"]), _confidence(folder))
-    return figure
-
-
 def report(directory: CampaignDir) -> None:
     """Print the table of all rounds so far and write the figure; of labels alone, write those that are there."""
+    from hpcft.campaign.report import write_report
+
     folder = CampaignFolder(directory.absolute())
     if folder.kind == "label":
         write_and_show(folder)
         return
     _print_table(folder)
-    typer.echo(f"figure: {short(_write_report(folder))}")
+    typer.echo(f"figure: {short(write_report(folder))}")
 
 
 def status(
@@ -209,6 +206,8 @@ def status(
     for line in state["problems"]:
         typer.echo(f"  {line}")
     _print_table(folder)
+    if state["state"] == "finished" and folder.kind == "campaign":
+        _name_what_it_leaves(folder)
 
 
 def cancel(directory: CampaignDir) -> None:

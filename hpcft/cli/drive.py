@@ -32,6 +32,17 @@ class HangUp(BaseException):
     """The terminal is gone. Not an Exception: nothing on the way may take it for a failure of its own."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which batch systems, `timeout` and systemd end what they run: it ends as with Ctrl-C."""
+
+
+_HEARD: dict[int, type[BaseException]] = {
+    signal.SIGINT: KeyboardInterrupt,
+    signal.SIGTERM: Terminated,
+    signal.SIGHUP: HangUp,
+}
+
+
 def chosen_site(folder: CampaignFolder, path: Path | None) -> Site:
     """The site of the file, else the one that the campaign ran on last."""
     from hpcft.campaign.settings import site_of
@@ -147,9 +158,10 @@ def drive(folder: CampaignFolder, site: Site, take_over: bool, *, resumed: bool 
                 manager.run(on_turn)
         except HangUp:
             return _go_on_without_terminal(manager, progress)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as end:
             _interrupted(manager, site)
-            raise typer.Exit(130) from None
+            number = signal.SIGTERM if isinstance(end, Terminated) else signal.SIGINT
+            raise typer.Exit(128 + number) from None
     return True
 
 
@@ -190,7 +202,7 @@ def take_steps(folder: CampaignFolder, site: Site, take_over: bool) -> str:
 
 @contextlib.contextmanager
 def _hearing_the_terminal() -> Iterator[Callable[[], None]]:
-    """Ctrl-C and a hang-up end what is done at the moment. Yields a function that raises what was heard before.
+    """Ctrl-C, SIGTERM and a hang-up end what is done at the moment. Yields a function that raises what was heard before.
 
     An exception that is raised while Python runs a finaliser is lost: so it is asked for again in each turn.
     """
@@ -199,14 +211,14 @@ def _hearing_the_terminal() -> Iterator[Callable[[], None]]:
     def hear(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # once is enough
-        heard.append(HangUp() if number == signal.SIGHUP else KeyboardInterrupt())
+        heard.append(_HEARD[number]())
         raise heard[-1]
 
     def check() -> None:
         if heard:
             raise heard[-1]
 
-    wanted = [n for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup
+    wanted = [n for n in _HEARD if signal.getsignal(n) != signal.SIG_IGN]  # nohup
     before = {number: signal.signal(number, hear) for number in wanted}
     try:
         yield check

@@ -100,10 +100,12 @@ def rewind(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Start again from a stage; its results and all later ones are kept aside, and no label is paid for twice."""
+    from hpcft.campaign.mend import refuse_unknown_place
     from hpcft.campaign.mend import rewind as rewind_stages
 
     folder = opened(directory)
     _known_stage(stage)
+    refuse_unknown_place(folder, round_, stage)
     if not yes and not typer.confirm(
         f"Cancel what runs, and put stage {stage} of round {round_} and all that follows aside?"
     ):

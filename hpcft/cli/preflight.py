@@ -201,15 +201,19 @@ def _cpu_limit(site: Site) -> Iterator[Problem]:
 
 
 def structure_problems(settings: Settings) -> list[Problem]:
-    """The first structure of labels alone that the reference cannot do, or that cannot be relaxed as wished."""
+    """The first structure with which a run would be refused; whether the model knows its elements is left to the run."""
+    from hpcft.campaign.create import check_inputs
+    from hpcft.campaign.create import read_inputs as read_all
     from hpcft.campaign.create_labels import read_suitable
 
-    if not isinstance(settings, LabelRun):
-        return []
     try:
-        read_suitable(settings)
+        if isinstance(settings, LabelRun):
+            read_suitable(settings)
+        elif isinstance(settings, Campaign):
+            check_inputs(settings, read_all(settings))
     except UserError as refusal:
-        return [Problem("machine", str(settings.structures), str(refusal))]
+        key = str(settings.structures) if isinstance(settings, LabelRun) else "structures"
+        return [Problem("machine", key, str(refusal))]
     return []
 
 

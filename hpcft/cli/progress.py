@@ -28,7 +28,6 @@ class Progress:
         self._status: Status | None = None
         self._started = time.monotonic()
         self._stage_started = self._started
-        self._rounds_shown = 0
         self._silent = False
 
     def __enter__(self) -> Self:
@@ -110,10 +109,9 @@ class Progress:
                 first = f"task {found[0]['task']} of round {found[0]['round']}: {found[0]['reason']}"
                 self._print(f"          {len(found)} labels so far look wrong; {first}")
         if action.stage == "evaluate":
-            results = read_results(self.folder)
-            for result in results[self._rounds_shown :]:
-                self._print(f"          {_brief(result)}")
-            self._rounds_shown = len(results)
+            for result in read_results(self.folder):
+                if result.round == action.round:
+                    self._print(f"          {_brief(result)}")
 
     def _epoch(self, round_: int, stage: str) -> str:
         """Where training stands, from the last epoch in its metrics; a setback has a line of its own there."""
@@ -141,4 +139,4 @@ def _brief(result: RoundResult) -> str:
         f"{label} {shown(result.metrics.get(name), digits[name])} {unit}".rstrip()
         for name, label, unit in METRICS
     ]
-    return ", ".join(parts)
+    return f"{'foundation' if result.round == 0 else f'round {result.round}'}: {', '.join(parts)}"

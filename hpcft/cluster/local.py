@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import signal
 from pathlib import Path
 
@@ -67,7 +68,10 @@ def _controller(job_id: str, folder: Path) -> psutil.Process | None:
         process = psutil.Process(int(job_id))
         if process.status() == psutil.STATUS_ZOMBIE:
             return None
-        return process if str(folder) in process.cmdline() else None
+        arguments = process.cmdline()
+        # While a process of ours is between two programs (exec) the kernel shows no arguments: it has not ended.
+        is_starting = not any(arguments) and process.uids().real == os.getuid()
+        return process if is_starting or str(folder) in arguments else None
     except (psutil.NoSuchProcess, psutil.AccessDenied, ValueError):
         return None
 

@@ -315,7 +315,7 @@ def _type_hint(kind: str, value: object, field: FieldInfo | None) -> str:
     if kind == "string_type" and isinstance(value, bool | int | float):
         return "; put quotes around it"
     if kind in ("int_type", "float_type") and isinstance(value, str):
-        return "; write the bare number"
+        return "; write the bare number" if re.search(r"\d", value) else "; write it in digits, such as 4"
     return ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -115,11 +116,31 @@ def _log_to(task: TaskContext, trainer: Trainer) -> Callable[[dict[str, Any]], N
 def _labels(context: StageContext) -> list[Atoms]:
     structures = training_labels(context)
     if not structures:
-        raise CampaignStopped(
-            f"round {context.round} has no labels to train on: no frame of explore stayed within the guards, or every "
-            "label failed. See `hpcft status`; a lower explore.temperature_K or timestep helps."
-        )
+        raise CampaignStopped(why_no_labels(context))
     return structures
+
+
+def why_no_labels(context: StageContext) -> str:
+    """What to tell where a round has nothing to train on: which guards stopped how many replicas of explore."""
+    from hpcft.selection.q_residual import Q_RESIDUAL
+
+    explore = context.campaign.explore
+    guards = {
+        "temperature": f"explore.max_temperature_K ({explore.temperature_limit_K:g} K)",
+        "distance": f"explore.min_distance ({explore.min_distance:g} Å)",
+        Q_RESIDUAL: f"explore.max_q_residual ({explore.max_q_residual})",
+    }
+    stopped = Counter(context.product("explore")["stopped"].values())
+    said = [
+        f"{count} replica{'s' * (count != 1)} by {guards.get(cause, f'the guard of {cause}')}"
+        for cause, count in stopped.most_common()
+    ]
+    stops = f"Stopped in explore: {', '.join(said)}. " if said else ""
+    return (
+        f"round {context.round} has no labels to train on: no frame of explore stayed within the guards, or every label "
+        f"failed. {stops}See `hpcft status`; "
+        "a lower explore.temperature_K or timestep helps, or a guard that leaves room for the structures as they are."
+    )
 
 
 def _align(context: StageContext, potential: Potential, labels: Sequence[Atoms]) -> dict[int, float]:

@@ -173,3 +173,23 @@ def test_tasks_that_wait_for_room_are_followed_up_when_the_oldest_array_is_over(
     slurm.shows(*[line.replace("812_0", "812") for line in lines(RUNNING)])
     assert drive_detached(manager) == "813"
     assert "#SBATCH --dependency=afterany:812\n" in script_of(folder, 1)
+
+
+@pytest.mark.parametrize("can_write", [True, False])
+def test_the_last_controller_leaves_the_figure_and_does_not_fail_where_it_cannot(
+    can_write: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_campaign(tmp_path / "done") as folder:  # nobody holds its lease afterwards
+        install(tmp_path, probe(folder).attempts, monkeypatch).shows(*lines(RUNNING, RUNNING))
+        drive_detached(new_manager(folder, Clock()))
+    counts = {"failed": 0, "relaxations": 0, "frames_done": 0, "frames": 0, "stopped": {}}
+    for round_, stage in folder.places():
+        where = folder.stage(round_, stage)
+        where.path.mkdir(parents=True, exist_ok=True)
+        write_json(where.plan, {"tasks": [{}]})
+        write_json(where.product, {"tasks": 1, "metrics": {}, **counts})
+    if not can_write:
+        folder.report.write_text("a file in its place")
+    assert run_controller(str(folder.root), 1) == "the campaign is finished"
+    assert (folder.report / "bias.png").exists() == can_write
+    assert ("no figure was written: " in capsys.readouterr().out) != can_write

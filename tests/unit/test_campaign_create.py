@@ -4,13 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from ase import Atoms
 from ase.build import bulk
 from ase.io import write
 
@@ -174,8 +175,8 @@ def knowing_silicon(inputs: Path) -> None:
     ("file", "name"),
     [
         ("start.extxyz", "structures"),
-        ("vacancies-train.extxyz", "relaxations-train"),
-        ("vacancies-test.extxyz", "relaxations-test"),
+        ("vacancies-train.extxyz", "relaxations.train"),
+        ("vacancies-test.extxyz", "relaxations.test"),
     ],
 )
 def test_an_element_that_model_or_reference_does_not_know_is_named(
@@ -183,11 +184,11 @@ def test_an_element_that_model_or_reference_does_not_know_is_named(
 ) -> None:
     with_silicon(inputs, file)
     assert refusal(inputs / "tiny.yaml", tmp_path / "tiny") == (
-        f"{name} contains Si, which the foundation model foundation.pt does not know (it knows Cu)"
+        f"{file} ({name}) contains Si, which the foundation model foundation.pt does not know (it knows Cu)"
     )
     knowing_silicon(inputs)
     assert refusal(inputs / "tiny.yaml", tmp_path / "tiny") == (
-        f"{name} contains Si, which ase.calculators.emt.EMT does not know"
+        f"{file} ({name}) contains Si, which ase.calculators.emt.EMT does not know"
     )
 
 
@@ -210,7 +211,55 @@ def test_replay_structures_need_no_reference(inputs: Path, tmp_path: Path) -> No
 def test_replay_structures_without_labels_are_refused(inputs: Path, tmp_path: Path) -> None:
     train = {**CAMPAIGN["train"], "replay": {"file": "start.extxyz"}}
     message = refusal(campaign_file(inputs, {"train": train}), tmp_path / "tiny")
-    assert message.startswith("structure 0 of train.replay.file has no REF_energy")
+    assert message.startswith("structure 0 of start.extxyz (train.replay.file) has no REF_energy")
+
+
+def overlapping() -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    atoms.positions[1] = atoms.positions[0] + [0.3, 0, 0]
+    return atoms
+
+
+def magnetic() -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    atoms.set_initial_magnetic_moments([0.6] * 4)
+    return atoms
+
+
+def cluster() -> Atoms:
+    return Atoms("Cu2", [[0, 0, 0], [2.5, 0, 0]])
+
+
+NO_STARTS = [
+    (
+        overlapping,
+        "nvt",
+        "start.extxyz (structures): structure 1 (Cu4): atoms 0 and 1 are 0.30 Å apart, closer than 0.8",
+    ),
+    (cluster, "npt", "start.extxyz (structures): structure 1 (Cu2): is not periodic in all directions"),
+    (magnetic, "nvt", "structure 1 of start.extxyz (structures) carries initial magnetic moments"),
+]
+
+
+@pytest.mark.parametrize(("start", "ensemble", "words"), NO_STARTS)
+def test_run_and_check_refuse_the_same_start_structures(
+    start: Callable[[], Atoms], ensemble: str, words: str, inputs: Path, tmp_path: Path
+) -> None:
+    from hpcft.cli.preflight import structure_problems
+
+    (inputs / "start.extxyz").unlink()
+    write(inputs / "start.extxyz", [bulk("Cu", cubic=True), start()])
+    file = campaign_file(inputs, {"explore": {**CAMPAIGN["explore"], "ensemble": ensemble}})
+    message = refusal(file, tmp_path / "tiny")
+    assert words in message
+    [problem] = structure_problems(load_campaign(file))
+    assert (problem.what, problem.severity) == (message, "error")
+
+
+def test_a_cluster_starts_where_no_cell_is_needed(inputs: Path, tmp_path: Path) -> None:
+    (inputs / "start.extxyz").unlink()
+    write(inputs / "start.extxyz", [cluster()])
+    open_or_create(*load(inputs / "tiny.yaml"), tmp_path / "tiny")
 
 
 @pytest.mark.parametrize(

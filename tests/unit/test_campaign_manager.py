@@ -363,3 +363,19 @@ def test_settings_of_another_version_are_refused_with_the_key(folder: CampaignFo
     write_json(folder.site, {"name": "here"})
     with pytest.raises(UserError, match=r"site\.json does not fit .*: executor: Field required"):
         site_of(folder)
+
+
+def test_a_finished_campaign_keeps_its_site_whoever_looks_at_it(
+    folder: CampaignFolder, slurm: FakeSlurm
+) -> None:
+    manager = new_manager(folder, Clock())
+    other = manager.site.model_copy(update={"name": "other"})
+    Manager(folder, other)
+    assert site_of(folder).name == "other", "it is not finished, and goes on there"
+    for round_, stage in folder.places():
+        where = folder.stage(round_, stage)
+        where.path.mkdir(parents=True, exist_ok=True)
+        write_json(where.plan, {"tasks": [{}]})
+        write_json(where.product, {"tasks": 1})
+    Manager(folder, manager.site)
+    assert site_of(folder).name == "other"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,6 +83,26 @@ def test_a_campaign_with_a_manager_is_running(folder: CampaignFolder) -> None:
     assert state["tasks"] == {"total": 3, "done": 1, "missing": 2, "set_aside": 0}
     assert state["manager"].keys() >= {"host", "pid", "at"}
     assert describe(folder)["state"] == "idle"
+
+
+def test_tasks_that_run_here_without_a_manager_are_counted(folder: CampaignFolder) -> None:
+    stage = folder.stage(0, "probe")
+    write(folder.site, {"executor": "local"})
+    write(stage.plan, {"tasks": [{}, {}, {}]})
+    intent = {"attempt": 1, "tasks": [0, 1, 2], "tasks_per_job": 1, "job_name": "x", "at": 0.0, "needs": {}}
+    write(stage.intent(1), intent)
+    write(stage.task(0).result, {})
+    argv = ["sh", "-c", "read line", str(stage.logs(1))]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE) as task:
+        ids = {"0": str(task.pid), "1": str(task.pid), "2": "999999999"}
+        write(stage.submitted(1), {"job_ids": ids, "at": 0.0})
+        state = describe(folder)
+        task.kill()
+    assert (
+        "idle, round 0 of 1, stage probe, 1 of 3 tasks done, 1 running; no manager is at work here"
+        in state["summary"]
+    )
+    assert "running" not in describe(folder)["summary"]
 
 
 def test_the_last_error_of_each_task_that_is_missing_is_a_problem(folder: CampaignFolder) -> None:

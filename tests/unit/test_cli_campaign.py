@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,10 @@ import psutil
 import pytest
 from ase.build import bulk
 
+from hpcft.campaign.decide import Collect, Observation
+from hpcft.campaign.manager import Turn
 from hpcft.campaign.records import read_records
+from hpcft.cli.progress import Progress
 from hpcft.storage.atomic import write_json
 from hpcft.storage.campaign_folder import CampaignFolder, stages_of
 from hpcft.storage.structures import write_structures
@@ -110,12 +114,48 @@ def test_status_loads_nothing_heavy(options: list[str], measured: CampaignFolder
     assert done.stderr == "\n"
 
 
+def test_a_round_that_is_evaluated_is_shown_alone_and_by_its_name(
+    measured: CampaignFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(round_: int) -> str:
+        turn = Turn(read_records(measured), Observation(), (Collect(round_, "evaluate"),))
+        Progress(measured).show(turn)
+        return capsys.readouterr().out
+
+    assert "foundation: energy bias -12.5 [-20.0, -5.0] meV/atom" in shown(0)
+    assert "foundation" not in shown(1)
+
+
+def test_a_rewind_to_a_round_that_does_not_exist_is_refused_before_it_asks(measured: CampaignFolder) -> None:
+    done = hpcft("rewind", measured.root, "--round", 7, "--stage", "train", stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "hpcft: round 7 has no stage train; the last round is 1\n"
+
+
 def test_report_writes_the_figure_of_the_rounds_so_far(measured: CampaignFolder) -> None:
     done = hpcft("report", "small", cwd=measured.root.parent)
     assert (done.returncode, done.stderr) == (0, "")
     assert "foundation" in done.stdout
     assert done.stdout.splitlines()[-1] == "figure: small/report/bias.png"
     assert (measured.report / "bias.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_status_of_a_finished_campaign_names_its_model_and_figure(
+    measured: CampaignFolder, tmp_path: Path
+) -> None:
+    folder = CampaignFolder(tmp_path / "small")
+    shutil.copytree(measured.root, folder.root)
+    assert "model:" not in hpcft("status", "small", cwd=tmp_path).stdout
+    for name in stages_of(1):
+        folder.stage(1, name).path.mkdir(parents=True)
+        write_json(folder.stage(1, name).plan, {"tasks": [{}]})
+        write_json(folder.stage(1, name).product, {**PRODUCTS.get(name, {}), "tasks": 1})
+    hpcft("report", "small", cwd=tmp_path)
+    said = hpcft("status", "small", cwd=tmp_path).stdout.splitlines()
+    assert said[-2:] == [
+        "figure: small/report/bias.png",
+        "model:  small/round-001/train/tasks/0000/model.pt",
+    ]
 
 
 def test_inspect_as_json_is_one_strict_object(tmp_path: Path) -> None:
@@ -139,29 +179,43 @@ def test_a_reader_that_goes_away_leaves_no_traceback(measured: CampaignFolder) -
         assert process.stderr.read() == ""
 
 
-@pytest.fixture(scope="module")
-def interrupted(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[CampaignFolder, subprocess.CompletedProcess[str]]]:
-    """A campaign that was started with a lax umask and stopped with Ctrl-C while its first tasks ran."""
-    base = tmp_path_factory.mktemp("interrupted")
+def interrupt(base: Path, end: Callable[[int], None]) -> subprocess.CompletedProcess[str]:
+    """A campaign that was started with a lax umask in `base`/tiny, and ended by `end(pid)` while its first tasks ran."""
     file = write_campaign(base / "inputs")
-    folder = CampaignFolder(base / "tiny")
+    stage = CampaignFolder(base / "tiny").stage(0, "probe")
     argv, pipe = [HPCFT, "run", str(file), "--dir", "tiny"], subprocess.PIPE
     with subprocess.Popen(
         argv, cwd=base, stdout=pipe, stderr=pipe, text=True, umask=0, start_new_session=True
     ) as process:
-        stage = folder.stage(0, "probe")
         while process.poll() is None and not (stage.submitted(1).exists() and stage.task(0).lock.exists()):
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        end(process.pid)
         output, complaint = process.communicate()
-    yield folder, subprocess.CompletedProcess(argv, process.returncode, output, complaint)
+    return subprocess.CompletedProcess(argv, process.returncode, output, complaint)
+
+
+def end_processes_of(folder: CampaignFolder) -> None:
     for pid in processes_of(folder.root):
         os.kill(pid, signal.SIGKILL)
 
 
+@pytest.fixture(scope="module")
+def interrupted(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[CampaignFolder, subprocess.CompletedProcess[str]]]:
+    """A campaign that was stopped with Ctrl-C while its first tasks ran."""
+    base = tmp_path_factory.mktemp("interrupted")
+    done = interrupt(base, lambda pid: os.killpg(pid, signal.SIGINT))  # as a terminal does
+    yield CampaignFolder(base / "tiny"), done
+    end_processes_of(CampaignFolder(base / "tiny"))
+
+
 Interrupted = tuple[CampaignFolder, subprocess.CompletedProcess[str]]
+
+
+def living(folder: CampaignFolder) -> list[int]:
+    pids = processes_of(folder.root)
+    return [pid for pid in pids if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 
 
 def test_ctrl_c_ends_the_tasks_of_this_machine_and_says_how_to_go_on(interrupted: Interrupted) -> None:
@@ -169,12 +223,25 @@ def test_ctrl_c_ends_the_tasks_of_this_machine_and_says_how_to_go_on(interrupted
     assert done.returncode == 130
     assert done.stderr.strip() == "Interrupted; everything finished is kept. Go on with: hpcft resume tiny"
     assert done.stdout.startswith("campaign tiny in ")
-    running = [
-        pid for pid in processes_of(folder.root) if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    ]
-    assert running == []
+    assert living(folder) == []
     results = [folder.stage(0, "probe").task(task).result for task in (0, 1)]
     assert not any(result.exists() for result in results), "the tasks have come to their end instead"
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path: Path) -> None:
+    folder = CampaignFolder(tmp_path / "tiny")
+    try:
+        done = interrupt(tmp_path, lambda pid: os.kill(pid, signal.SIGTERM))
+        assert done.returncode == 143
+        assert (
+            done.stderr.strip() == "Interrupted; everything finished is kept. Go on with: hpcft resume tiny"
+        )
+        assert living(folder) == []
+        stage = read_records(folder).current
+        assert stage is not None
+        assert stage.resumed_after == stage.attempts[-1].number
+    finally:
+        end_processes_of(folder)
 
 
 def test_what_ctrl_c_has_ended_is_no_failed_attempt(interrupted: Interrupted) -> None:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from ase.build import bulk
+from ase.io import write
 from check_commands import GOOD, hpcft, program, recorded_programs, write_site
 
 from hpcft.campaign.create import open_or_create
@@ -59,6 +61,24 @@ def test_every_problem_is_told_with_its_line_and_key_and_what_would_be_accepted(
     assert f"{place}.account: the user root may not use the account nope accepted: lab, root" in said
     assert f"{place}.gpus_per_rank: is 1, but no node in partition cpu has GPUs" in said
     assert said.endswith("2 errors ")
+
+
+def test_a_start_structure_that_a_run_would_refuse_is_an_error_told_without_torch(
+    slurm: Path, tmp_path: Path
+) -> None:
+    file = write_campaign(tmp_path / "inputs")
+    atoms = bulk("Cu", cubic=True)
+    atoms.positions[1] = atoms.positions[0] + [0.3, 0, 0]
+    write(file.parent / "start.extxyz", [atoms])
+    code, said, _ = hpcft("check", file, path=slurm, cwd=tmp_path)
+    assert (code, said.endswith("1 error ")) == (2, True)
+    assert "start.extxyz (structures): structure 0 (Cu4): atoms 0 and 1 are 0.30 Å apart" in said
+    program = (
+        "import sys; from pathlib import Path; from hpcft.cli.check import check; check(Path(sys.argv[1])); "
+        "assert 'torch' not in sys.modules"
+    )
+    file = write_campaign(tmp_path / "inputs")
+    subprocess.run([sys.executable, "-c", program, str(file)], check=True, cwd=tmp_path, capture_output=True)
 
 
 def test_the_folder_of_a_campaign_is_checked_by_its_copies_of_the_inputs(slurm: Path, tmp_path: Path) -> None:

@@ -154,14 +154,15 @@ def test_a_file_that_is_no_yaml_is_named_with_the_line(folder: Path) -> None:
 def test_a_structure_with_an_element_that_the_model_does_not_know_is_named(folder: Path) -> None:
     said = refusal(folder, "run", changed(folder, {"structures": "iron.extxyz"}))
     assert (
-        said == "structures contains Fe, which the foundation model foundation.pt does not know (it knows Cu)"
+        said
+        == "iron.extxyz (structures) contains Fe, which the foundation model foundation.pt does not know (it knows Cu)"
     )
 
 
 def test_a_structure_with_an_element_that_the_reference_does_not_know_is_named(folder: Path) -> None:
     file = changed(folder, {"structures": "silicon.extxyz", "foundation": "silicon.pt"})
     said = refusal(folder, "run", file)
-    assert said == "structures contains Si, which ase.calculators.emt.EMT does not know"
+    assert said == "silicon.extxyz (structures) contains Si, which ase.calculators.emt.EMT does not know"
 
 
 @pytest.fixture

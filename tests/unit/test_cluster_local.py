@@ -56,6 +56,27 @@ def test_another_process_with_the_number_of_a_job_is_not_taken_for_it(tmp_path: 
         assert job_is_alive(str(other.pid), tmp_path / "0001-jobs")
 
 
+def test_a_process_that_shows_no_arguments_yet_is_taken_for_the_job(tmp_path: Path) -> None:
+    """The kernel shows none while a program is being started: a look at that moment must not take it for lost."""
+    with subprocess.Popen(
+        [""], executable=sys.executable, stdin=subprocess.PIPE
+    ) as nameless:  # for as long as we look
+        assert not any(psutil.Process(nameless.pid).cmdline())
+        assert job_is_alive(str(nameless.pid), tmp_path)
+        nameless.kill()
+        os.waitid(os.P_PID, nameless.pid, os.WEXITED | os.WNOWAIT)
+        assert not job_is_alive(str(nameless.pid), tmp_path), "a zombie"
+
+
+def test_a_job_is_alive_from_its_first_moment(tmp_path: Path) -> None:
+    for _ in range(200):
+        with subprocess.Popen(["sh", "-c", "read line", str(tmp_path)], stdin=subprocess.PIPE) as started:
+            try:
+                assert job_is_alive(str(started.pid), tmp_path)
+            finally:
+                started.kill()
+
+
 @pytest.mark.parametrize("job_id", ["", "812_3", "not a number", str(2**22 + 1)])
 def test_what_is_no_number_of_a_process_is_no_live_job(job_id: str, tmp_path: Path) -> None:
     assert not job_is_alive(job_id, tmp_path)

@@ -128,6 +128,11 @@ def test_a_link_keeps_the_name_whose_suffix_tells_the_format(file: Path) -> None
         ("steps: 120", "steps: true", "12: explore.steps: must be a whole number, but is true"),
         (
             "steps: 120",
+            "steps: four",
+            "12: explore.steps: must be a whole number, but is 'four'; write it in digits",
+        ),
+        (
+            "steps: 120",
             "steps: '120'",
             "12: explore.steps: must be a whole number, but is '120'; write the bare",
         ),

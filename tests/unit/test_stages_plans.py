@@ -19,6 +19,7 @@ from hpcft.stages.context import StageContext
 from hpcft.stages.label_plan import shards
 from hpcft.stages.registry import stage_named
 from hpcft.stages.sharing import numbers_of, share_of, share_out, work_of
+from hpcft.stages.train import why_no_labels
 from hpcft.storage.atomic import write_json
 from hpcft.storage.campaign_folder import STAGES, CampaignFolder
 from hpcft.storage.seal import DamagedFile
@@ -241,3 +242,14 @@ def test_the_model_of_round_0_is_the_foundation_and_each_round_trains_one(folder
     here = context(folder, 2, "train")
     assert here.model(0) == folder.inputs / "foundation.model"
     assert here.model(1) == folder.stage(1, "train").path / "tasks" / "0000" / "model.pt"
+
+
+def test_a_round_without_labels_names_the_guards_that_stopped_its_replicas(folder: CampaignFolder) -> None:
+    explore = folder.stage(1, "explore")
+    explore.path.mkdir(parents=True)
+    write_json(explore.product, {"frames": 0, "stopped": {"0": "distance", "1": "force", "2": "distance"}})
+    settings = {**CONFIG["explore"], "min_distance": 3.0}
+    said = why_no_labels(context(folder, 1, "train", explore=settings))
+    assert "explore: 2 replicas by explore.min_distance (3 Å), 1 replica by the guard of force. See" in said
+    write_json(explore.product, {"frames": 9, "stopped": {}})
+    assert "Stopped" not in why_no_labels(context(folder, 1, "train"))
