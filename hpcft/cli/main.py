@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     epilog="Exit codes: 0 done · 1 the campaign stopped, or labels failed · 2 bad input · 3 another manager is at work · "
-    "4 Slurm does not answer · 130 interrupted",
+    "4 Slurm does not answer · 130, 143 interrupted",
 )
 app.command("run")(campaign.run)
 app.command("submit")(campaign.submit)
