@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from ase import Atoms
-from ase.io import read, write
 from slurm_campaign import OnSlurm, _template
 from tiny import write_campaign
 
@@ -24,6 +23,7 @@ from hpcft.labelling.label import Label
 from hpcft.labelling.shard import finish_shard
 from hpcft.storage.atomic import write_json
 from hpcft.storage.campaign_folder import CampaignFolder, StageFolder, stages_of
+from hpcft.storage.structures import read_structures, write_structures
 
 # Turns of the real manager with the lease, up to the end of one stage; tasks are jobs of submitit's local executor.
 DRIVE = """
@@ -51,13 +51,16 @@ def campaign_before(
     changes: Mapping[str, Any] | None = None,
     spoil: Callable[[list[Atoms]], None] | None = None,
 ) -> CampaignFolder:
-    """A new campaign in which all stages before this one have a product and no tasks; `spoil` changes its structures."""
+    """A new campaign in which all stages before this one have a product and no tasks.
+
+    `spoil` changes the structures in its folder: those of the user are looked at before.
+    """
     file = write_campaign(base / "inputs", changes)
-    if spoil is not None:
-        structures = read(base / "inputs" / "start.extxyz", ":")
-        spoil(structures)
-        write(base / "inputs" / "start.extxyz", structures)
     folder = open_or_create(load_campaign(file), file, base / "campaign")
+    if spoil is not None:
+        structures = read_structures(folder.inputs / "structures.h5")
+        spoil(structures)
+        write_structures(folder.inputs / "structures.h5", structures)
     for number in range(round_ + 1):
         for name in stages_of(number):
             if (number, name) == (round_, stage):
