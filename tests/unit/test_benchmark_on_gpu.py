@@ -40,6 +40,7 @@ def check_results(found: dict[str, Any]) -> None:
     assert found["correct"]["pairs that only one neighbour list has"] == 0
 
 
+@pytest.mark.nightly
 def test_results_are_compared_and_kept_part_by_part(tmp_path: Path) -> None:
     ended = run(
         "--device", "cpu", "--tiny", "--json", str(tmp_path / "found.json"), "--only", "correct", "bptt"
