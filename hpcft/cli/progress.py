@@ -14,7 +14,7 @@ from rich.status import Status
 from hpcft.campaign.decide import Adopt, Collect, RecordEndings, SetAside, Submit
 from hpcft.campaign.manager import Turn, stage_line
 from hpcft.campaign.policy import describe
-from hpcft.report.results import METRICS, RoundResult, read_results, shown
+from hpcft.report.results import DIGITS, METRICS, RoundResult, model_name, read_results, shown
 from hpcft.storage.atomic import read_json
 from hpcft.storage.campaign_folder import CampaignFolder, kind_of
 
@@ -134,9 +134,8 @@ class Progress:
 
 
 def _brief(result: RoundResult) -> str:
-    digits = {"energy_bias_meV_per_atom": 1, "force_slope": 2, "force_mae_meV_per_A": 0, "delta_q": 2}
     parts = [
-        f"{label} {shown(result.metrics.get(name), digits[name])} {unit}".rstrip()
+        f"{label} {shown(result.metrics.get(name), DIGITS[name])} {unit}".rstrip()
         for name, label, unit in METRICS
     ]
-    return f"{'foundation' if result.round == 0 else f'round {result.round}'}: {', '.join(parts)}"
+    return f"{model_name(result)}: {', '.join(parts)}"

@@ -68,15 +68,6 @@ def test_a_process_that_shows_no_arguments_yet_is_taken_for_the_job(tmp_path: Pa
         assert not job_is_alive(str(nameless.pid), tmp_path), "a zombie"
 
 
-def test_a_job_is_alive_from_its_first_moment(tmp_path: Path) -> None:
-    for _ in range(200):
-        with subprocess.Popen(["sh", "-c", "read line", str(tmp_path)], stdin=subprocess.PIPE) as started:
-            try:
-                assert job_is_alive(str(started.pid), tmp_path)
-            finally:
-                started.kill()
-
-
 @pytest.mark.parametrize("job_id", ["", "812_3", "not a number", str(2**22 + 1)])
 def test_what_is_no_number_of_a_process_is_no_live_job(job_id: str, tmp_path: Path) -> None:
     assert not job_is_alive(job_id, tmp_path)
