@@ -35,14 +35,15 @@ def write_packed(group: Any, tree: Mapping[str, Any]) -> None:
         group.create_dataset(path, data=np.concatenate(parts))
 
 
-def read_packed(group: Any, only: Collection[str] | None = None) -> dict[str, Any]:
-    """What `write_packed` wrote; of the second level and below `only` these arrays, such as `frames/step`, if any are named.
+def read_packed(file: Any, name: str, only: Collection[str] | None = None) -> dict[str, Any]:
+    """What `write_packed` wrote to the group `name`; of the second level and below `only` these arrays, such as `frames/step`.
 
     UserError if it was written in another way.
     """
-    if _INDEX not in group:
+    group = file.get(name)
+    if group is None or _INDEX not in group:
         raise UserError(
-            f"{group.file.filename} was written by an older hpcft, whose segments this one cannot read; end that run with "
+            f"{file.filename} was written by an older hpcft, whose segments this one cannot read; end that run with "
             "the version that began it, or start it anew in another folder."
         )
     return _Unpacking(group, only).tree(json.loads(group[_INDEX].asstr()[()]), "", 0)

@@ -55,8 +55,8 @@ def write_segment(path: Path, blocks: Sequence[FrameBlock], checkpoint: Mapping[
 def read_segment(path: Path, *, frames: bool = True) -> tuple[list[FrameBlock], dict[str, Any]]:
     """The blocks by rising replica (none with `frames=False`), and the checkpoint; DamagedFile if altered."""
     with open_file(path, "segment", verify=True) as file:
-        checkpoint = read_packed(file["checkpoint"])
-        stored = read_packed(file["frames"]) if frames else {}
+        checkpoint = read_packed(file, "checkpoint")
+        stored = read_packed(file, "frames") if frames else {}
     blocks = [_unpack(int(name), tree) for name, tree in stored.items()]
     return sorted(blocks, key=lambda block: block.replica), checkpoint
 
@@ -64,7 +64,7 @@ def read_segment(path: Path, *, frames: bool = True) -> tuple[list[FrameBlock], 
 def steps_in_segment(path: Path) -> dict[int, Array]:
     """The steps of the frames of each replica that has a block in a segment; nothing else is read."""
     with open_file(path, "segment") as file:
-        stored = read_packed(file["frames"], only=["frames/step"])
+        stored = read_packed(file, "frames", only=["frames/step"])
     return {int(name): tree["frames"]["step"] for name, tree in stored.items()}
 
 
